@@ -1,0 +1,5 @@
+"""The one exception that SonoEdge raises on purpose; everything else that escapes is a defect and keeps its traceback."""
+
+
+class SonoEdgeError(Exception):
+    """A refusal that its reader can act on: one sentence naming the key or file, the value, and the way out."""
