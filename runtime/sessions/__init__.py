@@ -1,0 +1,1 @@
+"""Backends that run the vision tower and the decoder of a bundle."""

@@ -1,0 +1,60 @@
+"""What every backend offers: an image encoder, and a decoder whose KV cache can be extended and rewound."""
+
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from sonoedge.runtime.preprocess import ImageSpec, Patches
+
+
+class DecoderSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The decoder's sizes; `context` is the capacity of the KV cache in tokens."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Session(Protocol):
+    """One model loaded for one conversation at a time; not safe to share between threads."""
+
+    spec: DecoderSpec
+    image: ImageSpec
+    length: int  # tokens in the KV cache
+
+    def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
+        """Return the embeddings [merged, hidden] of one picture."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget every token after the first `length`."""
+        ...
+
+    def extend(
+        self,
+        ids: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        *,
+        image_embeds: npt.NDArray[np.float32] | None = None,
+        visible: npt.NDArray[np.bool_] | None = None,
+        logits_rows: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Append the tokens `ids` [n] at `positions` [3, n] to the cache and return logits [r, vocab].
+
+        `image_embeds` [m, hidden] replace the image tokens in order; `visible` [n, length + n] says which tokens each
+        new token attends (None: all before it and itself); `logits_rows` [r] are rows of this call (None: the last).
+        Raises SonoEdgeError when the tokens do not fit the context.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        ...
