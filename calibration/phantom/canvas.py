@@ -1,0 +1,118 @@
+"""The tissue plane that anatomy and lesions are drawn on: echo level, mirror-like reflectors, attenuation and the organ."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from sonoedge.calibration.phantom import noise
+from sonoedge.calibration.phantom.geometry import Geometry
+
+Floats = npt.NDArray[np.float32]
+Points = npt.NDArray[np.float64]  # [n, 2] x, y in pixels
+
+_SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
+SPECULAR_FULL = 9.0  # amplitude of a reflector drawn at 255
+
+
+class Canvas:
+    """Echo level in dB around mid-grey tissue, reflector strength, excess attenuation in dB a pixel, and the organ mask."""
+
+    def __init__(self, geometry: Geometry, rng: np.random.Generator, background_db: float) -> None:
+        size = geometry.size
+        self.geometry = geometry
+        self.rng = rng
+        self.size = size
+        self.scale = size / 224
+        self.echo_db: Floats = np.full((size, size), background_db, np.float32)
+        self.specular: npt.NDArray[np.uint8] = np.zeros((size, size), np.uint8)
+        self.attenuation: Floats = np.zeros((size, size), np.float32)
+        self.organ: npt.NDArray[np.uint8] = np.zeros((size, size), np.uint8)
+        self.bed_db = 0.0  # echo level of the tissue that surrounds a lesion
+        self.pulse: tuple[float, float, float] | None = None  # x, y, radius of what contracts in a clip
+
+    def at(self, u: float, v: float) -> tuple[float, float]:
+        """Pixel of a place in the field of view: u from -1 (left) to 1, v from 0 (probe) to 1."""
+        x0, y0, x1, y1 = self.geometry.box
+        return x0 + (u + 1) / 2 * (x1 - x0), y0 + v * (y1 - y0)
+
+    def px(self, length: float) -> float:
+        """A length given at 224 pixels, at this frame's size."""
+        return length * self.scale
+
+    def curve(self, height: float, sag: float = 0.0, wave: float = 0.0, tilt: float = 0.0) -> Points:
+        """A line across the field at depth `height`, all in fractions of the depth; left to right. [33, 2]"""
+        u = np.linspace(-1.15, 1.15, 33)
+        phase = self.rng.uniform(0, 2 * np.pi, 2)
+        v = height + sag * u**2 + tilt * u
+        v = v + wave * (np.sin(2.6 * u + phase[0]) + 0.5 * np.sin(6.1 * u + phase[1]))
+        x0, y0, x1, y1 = self.geometry.box
+        return np.stack([x0 + (u + 1) / 2 * (x1 - x0), y0 + v * (y1 - y0)], axis=1)
+
+    def blob(self, x: float, y: float, rx: float, ry: float, angle: float = 0.0, rough: float = 0.05) -> Points:
+        """A closed outline around (x, y): an ellipse with slow bumps of relative height `rough`. [48, 2]"""
+        t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        phase = self.rng.uniform(0, 2 * np.pi, 3)
+        r = 1 + rough * (np.sin(2 * t + phase[0]) + 0.7 * np.sin(3 * t + phase[1]) + 0.4 * np.sin(5 * t + phase[2]))
+        px, py = rx * r * np.cos(t), ry * r * np.sin(t)
+        c, s = np.cos(angle), np.sin(angle)
+        return np.stack([x + c * px - s * py, y + s * px + c * py], axis=1)
+
+    def fill(self, outline: Points, echo_db: float, attenuation: float = 0.0) -> None:
+        """Set the tissue inside an outline."""
+        points = [fixed(outline)]
+        cv2.fillPoly(self.echo_db, points, echo_db, shift=_SHIFT)
+        cv2.fillPoly(self.attenuation, points, attenuation, shift=_SHIFT)
+
+    def mark(self, outline: Points) -> None:
+        """Add what is inside an outline to the organ."""
+        cv2.fillPoly(self.organ, [fixed(outline)], 1, shift=_SHIFT)
+
+    def band(self, upper: Points, lower: Points, echo_db: float, attenuation: float = 0.0) -> Points:
+        """Set the tissue between two curves; returns the outline."""
+        outline = np.concatenate([upper, lower[::-1]])
+        self.fill(outline, echo_db, attenuation)
+        return outline
+
+    def stroke(self, points: Points, echo_db: float, width: float) -> None:
+        """Set the tissue along an open curve, `width` pixels at 224."""
+        width_px = max(1, round(self.px(width)))
+        cv2.polylines(self.echo_db, [fixed(points)], False, echo_db, width_px, cv2.LINE_8, _SHIFT)
+
+    def reflect(self, points: Points, amplitude: float, width: float = 1.4, *, closed: bool = False) -> None:
+        """Draw a mirror-like boundary: bright where it faces the probe, faint where it runs along the beam."""
+        if closed:
+            points = np.concatenate([points, points[:1]])
+        step = np.diff(points, axis=0)
+        facing = np.abs(step[:, 0]) / np.maximum(np.hypot(step[:, 0], step[:, 1]), 1e-6)
+        level = np.minimum(255, 255 * amplitude / SPECULAR_FULL * (0.22 + 0.78 * facing**2)).astype(int).tolist()
+        width_px = max(1, round(self.px(width)))
+        nodes = (points * (1 << _SHIFT)).astype(int).tolist()
+        for start, end, value in zip(nodes, nodes[1:], level, strict=False):
+            cv2.line(self.specular, start, end, value, width_px, cv2.LINE_AA, _SHIFT)
+
+    def erase_reflectors(self, outline: Points) -> None:
+        """Remove boundaries inside an outline, where something grew over them."""
+        cv2.fillPoly(self.specular, [fixed(outline)], 0, shift=_SHIFT)
+
+    def texture(self, deviation_db: float, cells: int, outlines: Sequence[Points] = ()) -> None:
+        """Vary the echo level slowly, everywhere or inside the outlines."""
+        slow = noise.smooth(self.rng, self.size, self.size, cells) * np.float32(deviation_db)
+        if outlines:
+            mask = np.zeros((self.size, self.size), np.uint8)
+            cv2.fillPoly(mask, [fixed(o) for o in outlines], 1, shift=_SHIFT)
+            slow *= mask
+        self.echo_db += slow
+
+
+def fixed(points: Points) -> npt.NDArray[np.int32]:
+    """Pixel coordinates as OpenCV's fixed-point numbers (pixel centres at whole numbers)."""
+    return np.round(points * (1 << _SHIFT)).astype(np.int32)
+
+
+def polygon_mask(points: Points, size: int) -> npt.NDArray[np.uint8]:
+    """1 inside a closed outline. [size, size]"""
+    mask = np.zeros((size, size), np.uint8)
+    cv2.fillPoly(mask, [fixed(points)], 1, shift=_SHIFT)
+    return mask

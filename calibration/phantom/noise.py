@@ -1,0 +1,53 @@
+"""Seeded pools of Gaussian noise, drawn once: a frame takes a random window, which is far cheaper than fresh normals."""
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+_SIDE = 1024
+
+
+@lru_cache(maxsize=1)
+def _scatterers() -> Floats:
+    """Complex white noise of unit power. [side, side, 2]"""
+    rng = np.random.Generator(np.random.SFC64(20_240_611))
+    return rng.standard_normal((_SIDE, _SIDE, 2), dtype=np.float32) * np.float32(np.sqrt(0.5))
+
+
+@lru_cache(maxsize=1)
+def _electronic() -> Floats:
+    """Power of receiver noise, mean 1, one receive filter wide. [side, side]"""
+    field = cv2.GaussianBlur(_scatterers()[::-1, ::-1], (0, 0), sigmaX=0.9, sigmaY=0.7)
+    power = np.square(field).sum(axis=2)
+    return np.asarray(power / power.mean(), dtype=np.float32)
+
+
+def _window(pool: Floats, rng: np.random.Generator, height: int, width: int) -> Floats:
+    while pool.shape[0] < height or pool.shape[1] < width:
+        pool = np.concatenate([np.concatenate([pool, pool[:, ::-1]], axis=1)] * 2, axis=0)
+    y = int(rng.integers(0, pool.shape[0] - height + 1))
+    x = int(rng.integers(0, pool.shape[1] - width + 1))
+    flip = int(rng.integers(0, 4))
+    window = pool[y : y + height, x : x + width]
+    return window[:: -1 if flip & 1 else 1, :: -1 if flip & 2 else 1]
+
+
+def scatterers(rng: np.random.Generator, height: int, width: int) -> Floats:
+    """Complex scatterer strengths of unit mean power. [height, width, 2]"""
+    return _window(_scatterers(), rng, height, width)
+
+
+def electronic(rng: np.random.Generator, height: int, width: int) -> Floats:
+    """Receiver noise power of mean 1. [height, width]"""
+    return _window(_electronic(), rng, height, width)
+
+
+def smooth(rng: np.random.Generator, height: int, width: int, cells: int) -> Floats:
+    """Slow texture of about unit deviation with `cells` bumps across. [height, width]"""
+    coarse = _window(_scatterers()[:, :, 0], rng, cells + 2, cells + 2)
+    fine = cv2.resize(np.ascontiguousarray(coarse), (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(fine * np.float32(1.9), dtype=np.float32)
