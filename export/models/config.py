@@ -1,0 +1,117 @@
+"""What a Qwen2-VL or EchoVLM checkpoint is: its sizes, as frozen structs whose field names are the keys of config.json."""
+
+from typing import Annotated
+
+import msgspec
+
+from sonoedge.errors import SonoEdgeError
+
+Count = Annotated[int, msgspec.Meta(gt=0)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+ECHOVLM = "Qwen2VLMOEForConditionalGeneration"
+QWEN2_VL = "Qwen2VLForConditionalGeneration"
+DEFAULT_EXPERTS = 4  # the released config class hard-codes it, so a config.json may leave the number out
+
+
+class VisionConfig(msgspec.Struct, frozen=True):
+    """Sizes of the vision tower; defaults are those of transformers' Qwen2VLVisionConfig."""
+
+    depth: Count = 32
+    embed_dim: Count = 1280
+    hidden_size: Count = 3584  # width of the merged image tokens, equal to the decoder's
+    num_heads: Count = 16
+    mlp_ratio: Positive = 4.0
+    in_channels: Count = 3
+    patch_size: Count = 14
+    temporal_patch_size: Count = 2
+    spatial_merge_size: Count = 2
+
+    @property
+    def patch_values(self) -> int:
+        """Values in one flattened patch (channel, time, row, column)."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+
+class MoEConfig(msgspec.Struct, frozen=True):
+    """Sizes of the mixture of experts that EchoVLM adds to every decoder layer."""
+
+    num_experts_per_tok: Count
+    moe_intermediate_size: Count
+    shared_expert_intermediate_size: Count
+    num_experts: Count = DEFAULT_EXPERTS
+    norm_topk_prob: bool = False
+
+
+class ModelConfig(msgspec.Struct, frozen=True):
+    """Everything that fixes the computation of a checkpoint; `moe` is None for dense Qwen2-VL."""
+
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    rms_norm_eps: Positive
+    rope_theta: Positive
+    mrope_section: tuple[Count, Count, Count]
+    image_token_id: TokenId
+    video_token_id: TokenId
+    vision_start_token_id: TokenId
+    vision_end_token_id: TokenId
+    vision: VisionConfig = msgspec.field(name="vision_config")
+    moe: MoEConfig | None = None
+    max_position_embeddings: Count = 32768
+    tie_word_embeddings: bool = False
+    bos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
+    eos_token_ids: tuple[TokenId, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        """The class name that the checkpoint's config.json carries."""
+        return QWEN2_VL if self.moe is None else ECHOVLM
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def check(self) -> None:
+        """Raise SonoEdgeError when sizes contradict each other."""
+        _divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+        _divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
+        _divides("vision_config.num_heads", self.vision.num_heads, "vision_config.embed_dim", self.vision.embed_dim)
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise SonoEdgeError(
+                f"mrope_section {list(self.mrope_section)} adds up to {sum(self.mrope_section)}; "
+                f"make it half of the head size, {self.head_dim / 2:g}."
+            )
+        if self.vision.head_dim % 4:
+            raise SonoEdgeError(
+                f"vision_config gives heads of {self.vision.head_dim} values; rows and columns are rotated in pairs, "
+                "so make embed_dim / num_heads a multiple of 4."
+            )
+        if self.vision.hidden_size != self.hidden_size:
+            raise SonoEdgeError(
+                f"vision_config.hidden_size {self.vision.hidden_size} must equal hidden_size {self.hidden_size}, "
+                "since image tokens stand among text tokens."
+            )
+        if self.moe is not None and self.moe.num_experts_per_tok > self.moe.num_experts:
+            raise SonoEdgeError(
+                f"num_experts_per_tok {self.moe.num_experts_per_tok} exceeds num_experts {self.moe.num_experts}; "
+                "choose at most as many experts as there are."
+            )
+
+
+def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
+    if large % small:
+        raise SonoEdgeError(f"{small_name} {small} does not divide {large_name} {large}; choose a divisor.")
