@@ -114,26 +114,48 @@ class EchoVLM(nn.Module):
         collect_hidden: bool = False,
         collect_router: bool = False,
     ) -> ModelOutput:
-        """Run the decoder over input_ids [B, S] at positions [3, B, S].
+        """Embed input_ids [B, S] with image_embeds [m, hidden] and decode; see `decode` for the rest."""
+        return self.decode(
+            self.embed(input_ids, image_embeds),
+            positions,
+            attention_bias=attention_bias,
+            cache=cache,
+            logits_rows=logits_rows,
+            collect_hidden=collect_hidden,
+            collect_router=collect_router,
+        )
+
+    def decode(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        *,
+        attention_bias: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_rows: Tensor | None = None,
+        collect_hidden: bool = False,
+        collect_router: bool = False,
+    ) -> ModelOutput:
+        """Run the decoder over embeddings x [B, S, hidden] at positions [3, B, S].
 
         attention_bias: additive [B or 1, 1, S, past + S], None for causal. logits_rows: int64 [r] picks the same rows of
         every sequence, bool [B, S] any rows (logits [picked, vocab]), None all rows.
         """
-        x = self.embed(input_ids, image_embeds)
         cos, sin = mrope_tables(positions, self.config, x.dtype)
-        rows = input_ids.shape[1]
+        rows = x.shape[1]
         if attention_bias is None and rows > 1:
             columns = rows + (0 if cache is None else cache.length)
             attention_bias = visible_bias(causal_visible(rows, columns, x.device), x.dtype)
-        hidden_states, routers = [x], []
+        hidden_states: list[Tensor] = []
+        routers: list[Tensor] = []
         for index, layer in enumerate(self.model.layers):
-            x, router_logits = layer(x, cos, sin, partial(_attend, bias=attention_bias, cache=cache, layer=index))
             if collect_hidden:
                 hidden_states.append(x)
+            x, router_logits = layer(x, cos, sin, partial(_attend, bias=attention_bias, cache=cache, layer=index))
             if collect_router and router_logits is not None:
                 routers.append(router_logits)
         x = self.model.norm(x)
-        hidden_states[-1] = x  # the last collected state is the normed one, as transformers counts them
+        hidden_states.append(x)
         return ModelOutput(
             logits=self.project(_pick_rows(x, logits_rows)),
             hidden_states=tuple(hidden_states) if collect_hidden else None,
