@@ -34,19 +34,19 @@ def track(label: str, total: float | None) -> Iterator[Advance]:
 @contextmanager
 def _bar(label: str, total: float | None) -> Iterator[Advance]:
     # Imported here so that a scanner that logs to a file never pays for rich.
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[note]}"),
     )
     # A transient bar is replaced by the closing line, so that a terminal and a log end up with the same record.
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=total, note="")
 
         def advance(steps: float = 1, note: str = "") -> None:
