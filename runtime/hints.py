@@ -55,7 +55,7 @@ class HintSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ask_when: AskWhen | None = None
 
     def candidate_ids(self) -> tuple[str, ...]:
-        """The ids of the candidates, in order."""
+        """Return the ids of the candidates, in order."""
         return tuple(candidate.id for candidate in self.candidates)
 
 

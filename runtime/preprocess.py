@@ -70,15 +70,20 @@ def preprocess(image: npt.NDArray[np.uint8], spec: ImageSpec) -> Patches:
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise SonoEdgeError(f"a picture is {image.dtype} {list(image.shape)}: give uint8 [height, width, 3], RGB")
-    height, width = smart_resize(image.shape[0], image.shape[1], spec)
-    resized = _resize(image, height, width)
-    normal = cv2.LUT(resized, _normalisation(spec.mean, spec.std))  # float32 [height, width, 3]
+    small = resized(image, spec)
+    height, width = small.shape[:2]
+    normal = cv2.LUT(small, _normalisation(spec.mean, spec.std))  # float32 [height, width, 3]
     p, m, t = spec.patch_size, spec.merge_size, spec.temporal_patch_size
     grid_h, grid_w = height // p, width // p
     blocks = normal.reshape(grid_h // m, m, p, grid_w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     values = np.empty((grid_h // m, grid_w // m, m, m, 3, t, p, p), np.float32)
     values[...] = blocks[:, :, :, :, :, None]  # a still picture fills every temporal slot
     return Patches(values.reshape(grid_h * grid_w, 3 * t * p * p), (1, grid_h, grid_w))
+
+
+def resized(image: npt.NDArray[np.uint8], spec: ImageSpec) -> npt.NDArray[np.uint8]:
+    """Return the picture [height, width, 3] at the size the model reads, still uint8."""
+    return _resize(image, *smart_resize(image.shape[0], image.shape[1], spec))
 
 
 def crop_to_sector(frame: Frame) -> npt.NDArray[np.uint8]:

@@ -28,10 +28,14 @@ class Session(Protocol):
 
     spec: DecoderSpec
     image: ImageSpec
-    length: int  # tokens in the KV cache
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+        ...
 
     def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
-        """Return the embeddings [merged, hidden] of one picture."""
+        """Return the embeddings [merged, hidden] of one picture, in memory of their own: callers keep them."""
         ...
 
     def rewind(self, length: int) -> None:
