@@ -13,6 +13,10 @@ Floats = npt.NDArray[np.float32]
 Points = npt.NDArray[np.float64]  # [n, 2] x, y in pixels
 
 _SHIFT = 4  # fractional bits of OpenCV's drawing coordinates
+_ACROSS = np.linspace(-1.15, 1.15, 25)
+_AROUND = np.linspace(0, 2 * np.pi, 44, endpoint=False)
+_COS, _SIN = np.cos(_AROUND), np.sin(_AROUND)
+_LEVELS = 7  # steps of brightness along a reflector
 SPECULAR_FULL = 9.0  # amplitude of a reflector drawn at 255
 
 
@@ -30,6 +34,9 @@ class Canvas:
         self.attenuation: Floats = np.zeros((size, size), np.float32)
         self.organ: npt.NDArray[np.uint8] = np.zeros((size, size), np.uint8)
         self.bed_db = 0.0  # echo level of the tissue that surrounds a lesion
+        self.hug = False  # lesions grow from the organ's wall rather than in its middle
+        self.bed_px = 7.0  # width of the bed at 224
+        self.largest_lesion = 40.0  # radius in pixels at 224
         self.pulse: tuple[float, float, float] | None = None  # x, y, radius of what contracts in a clip
 
     def at(self, u: float, v: float) -> tuple[float, float]:
@@ -42,22 +49,22 @@ class Canvas:
         return length * self.scale
 
     def curve(self, height: float, sag: float = 0.0, wave: float = 0.0, tilt: float = 0.0) -> Points:
-        """A line across the field at depth `height`, all in fractions of the depth; left to right. [33, 2]"""
-        u = np.linspace(-1.15, 1.15, 33)
+        """A line across the field at depth `height`, all in fractions of the depth; left to right. [25, 2]"""
+        u = _ACROSS
         phase = self.rng.uniform(0, 2 * np.pi, 2)
         v = height + sag * u**2 + tilt * u
         v = v + wave * (np.sin(2.6 * u + phase[0]) + 0.5 * np.sin(6.1 * u + phase[1]))
         x0, y0, x1, y1 = self.geometry.box
-        return np.stack([x0 + (u + 1) / 2 * (x1 - x0), y0 + v * (y1 - y0)], axis=1)
+        return np.array([x0 + (u + 1) / 2 * (x1 - x0), y0 + v * (y1 - y0)]).T
 
     def blob(self, x: float, y: float, rx: float, ry: float, angle: float = 0.0, rough: float = 0.05) -> Points:
-        """A closed outline around (x, y): an ellipse with slow bumps of relative height `rough`. [48, 2]"""
-        t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        """A closed outline around (x, y): an ellipse with slow bumps of relative height `rough`. [44, 2]"""
+        t = _AROUND
         phase = self.rng.uniform(0, 2 * np.pi, 3)
         r = 1 + rough * (np.sin(2 * t + phase[0]) + 0.7 * np.sin(3 * t + phase[1]) + 0.4 * np.sin(5 * t + phase[2]))
-        px, py = rx * r * np.cos(t), ry * r * np.sin(t)
+        px, py = rx * r * _COS, ry * r * _SIN
         c, s = np.cos(angle), np.sin(angle)
-        return np.stack([x + c * px - s * py, y + s * px + c * py], axis=1)
+        return np.array([x + c * px - s * py, y + s * px + c * py]).T
 
     def fill(self, outline: Points, echo_db: float, attenuation: float = 0.0) -> None:
         """Set the tissue inside an outline."""
@@ -84,13 +91,15 @@ class Canvas:
         """Draw a mirror-like boundary: bright where it faces the probe, faint where it runs along the beam."""
         if closed:
             points = np.concatenate([points, points[:1]])
-        step = np.diff(points, axis=0)
-        facing = np.abs(step[:, 0]) / np.maximum(np.hypot(step[:, 0], step[:, 1]), 1e-6)
-        level = np.minimum(255, 255 * amplitude / SPECULAR_FULL * (0.22 + 0.78 * facing**2)).astype(int).tolist()
+        step = points[1:] - points[:-1]
+        facing = step[:, 0] ** 2 / np.maximum(step[:, 0] ** 2 + step[:, 1] ** 2, 1e-9)
+        level = np.rint(facing * _LEVELS).astype(int)
         width_px = max(1, round(self.px(width)))
-        nodes = (points * (1 << _SHIFT)).astype(int).tolist()
-        for start, end, value in zip(nodes, nodes[1:], level, strict=False):
-            cv2.line(self.specular, start, end, value, width_px, cv2.LINE_AA, _SHIFT)
+        nodes = fixed(points)
+        turns = [0, *(np.flatnonzero(level[1:] != level[:-1]) + 1).tolist(), len(level)]
+        for start, end in zip(turns, turns[1:], strict=False):
+            value = min(255, int(255 * amplitude / SPECULAR_FULL * (0.22 + 0.78 * level[start] / _LEVELS)))
+            cv2.polylines(self.specular, [nodes[start : end + 1]], False, value, width_px, cv2.LINE_AA, _SHIFT)
 
     def erase_reflectors(self, outline: Points) -> None:
         """Remove boundaries inside an outline, where something grew over them."""

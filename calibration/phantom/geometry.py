@@ -35,12 +35,10 @@ class Geometry(msgspec.Struct, frozen=True, eq=False):
     def beams(self) -> int:
         return int(self.plane_x.shape[1])
 
-    def to_image(self, values: Floats) -> Floats:
+    def to_image(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Scan-convert [samples, beams] to [size, size], zero outside the field of view."""
-        return np.asarray(
-            cv2.remap(values, self.beam_x, self.beam_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0.0),
-            dtype=np.float32,
-        )
+        image = cv2.remap(values, self.beam_x, self.beam_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0.0)
+        return np.asarray(image, dtype=np.uint8)
 
     def depth_at(self, x: float, y: float) -> float:
         """Depth under the probe face, in pixels, of an image point."""

@@ -50,11 +50,12 @@ def outline(kind: str, rng: np.random.Generator) -> Points:
     return np.stack([x, y], axis=1) * np.sqrt(np.pi / area)
 
 
-def radius(rng: np.random.Generator) -> float:
-    """A radius in pixels at 224: two in five are small, the rest reach to the largest."""
-    if rng.random() < 0.44:
+def radius(kind: str, rng: np.random.Generator) -> float:
+    """A radius in pixels at 224: two in five are small, the rest reach to the largest of the kind."""
+    if rng.random() < 0.4:
         return float(rng.uniform(MIN_RADIUS, 17.8))
-    return float(18.0 + (MAX_RADIUS - 18.0) * rng.random() ** 1.6)
+    largest = 28.0 if kind == "calcification" else MAX_RADIUS
+    return float(18.0 + (largest - 18.0) * rng.random() ** 1.4)
 
 
 def place(canvas: Canvas, kind: str, rng: np.random.Generator, margin: float) -> Placed | None:
@@ -64,7 +65,7 @@ def place(canvas: Canvas, kind: str, rng: np.random.Generator, margin: float) ->
     """
     size, scale = canvas.size, canvas.scale
     shape = outline(kind, rng)
-    wanted = radius(rng) * scale
+    wanted = min(radius(kind, rng), canvas.largest_lesion) * scale
     half = np.abs(shape).max(axis=0) * 1.04  # [2] half extents of the unit lesion
     allowed = canvas.organ & canvas.geometry.field
     # squeezed so that the lesion is round, and halved: the distance transform then measures the fit
@@ -87,7 +88,9 @@ def place(canvas: Canvas, kind: str, rng: np.random.Generator, margin: float) ->
     both = bool(left.any()) and not bool(left.all())
     if both:
         candidates = candidates[left == (rng.random() < 0.5)]
-    row, column = divmod(int(candidates[rng.integers(len(candidates))]), width)
+    picks = candidates[rng.integers(len(candidates), size=8)]
+    pick = picks[np.argmin(room.ravel()[picks])] if canvas.hug else picks[0]
+    row, column = divmod(int(pick), width)
     x, y = (column + 0.5) * size / width - 0.5, (row + 0.5) * size / height - 0.5
     points = shape * r + (x, y)
     mask = polygon_mask(points, size)
@@ -99,7 +102,7 @@ def place(canvas: Canvas, kind: str, rng: np.random.Generator, margin: float) ->
 def draw(canvas: Canvas, lesion: Placed, rng: np.random.Generator) -> None:
     """Draw a placed lesion, in a bed of its organ's own tissue so that it stands out from cavities and vessels."""
     centre = np.array([lesion.x, lesion.y])
-    spread = centre + (lesion.outline - centre) * (1 + canvas.px(7) / min(lesion.half_width, lesion.half_height))
+    spread = centre + (lesion.outline - centre) * (1 + canvas.px(canvas.bed_px) / min(lesion.half_width, lesion.half_height))
     bed_mask = polygon_mask(spread, canvas.size) & canvas.organ
     np.copyto(canvas.echo_db, np.float32(canvas.bed_db), where=bed_mask.astype(bool))
     np.copyto(canvas.attenuation, np.float32(0), where=bed_mask.astype(bool))

@@ -19,12 +19,12 @@ def scatter(canvas: Canvas, rng: np.random.Generator) -> Floats:
     size = canvas.size
     echo = cv2.GaussianBlur(canvas.echo_db, (0, 0), 0.7)
     amplitude = cv2.exp(echo * (_LN_DB / 2))
-    plane = np.empty((size, size, 3), np.float32)
-    plane[:, :, :2] = noise.scatterers(rng, size, size)
-    plane[:, :, :2] *= amplitude[:, :, None]
-    plane[:, :, 0] += canvas.specular * np.float32(SPECULAR_FULL / 255)
-    plane[:, :, 2] = canvas.attenuation
-    return plane
+    real, imaginary = noise.scatterers(rng, size, size)
+    mirror = canvas.specular * np.float32(SPECULAR_FULL / 255)
+    amplitude += mirror * np.float32(0.55)  # no boundary is smooth: part of its echo is rough
+    return np.asarray(
+        cv2.merge([real * amplitude + mirror * np.float32(0.75), imaginary * amplitude, canvas.attenuation]), np.float32
+    )
 
 
 def insonify(
@@ -38,22 +38,23 @@ def insonify(
     scale = geometry.size / 224
     samples, beams = geometry.samples, geometry.beams
     map_x, map_y = maps or (geometry.plane_x, geometry.plane_y)
-    beam = cv2.remap(plane, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)  # [samples, beams, 3]
+    beam = cv2.remap(plane, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    real, imaginary, attenuation = cv2.split(beam)  # [samples, beams] each
     depth = np.linspace(0, 1, samples, dtype=np.float32)[:, None]
 
     # the beam is narrow at the focus and widens away from it
-    field = np.ascontiguousarray(beam[:, :, :2])
-    sharp = cv2.GaussianBlur(field, (0, 0), sigmaX=a.lateral_px * scale, sigmaY=a.axial_px * scale)
-    wide = cv2.GaussianBlur(sharp, (0, 0), sigmaX=max(a.defocus_px * scale, 0.3), sigmaY=0.3)
     away = np.minimum(1, np.abs(depth - np.float32(a.focus)) * np.float32(1.6))
     wide_gain = np.float32(np.sqrt(np.hypot(a.lateral_px, a.defocus_px) / a.lateral_px))
-    field = sharp * (1 - away)[:, :, None] + wide * (away * wide_gain)[:, :, None]
+    power = np.zeros((samples, beams), np.float32)
+    for part in (real, imaginary):
+        sharp = cv2.GaussianBlur(part, (0, 0), sigmaX=a.lateral_px * scale, sigmaY=a.axial_px * scale)
+        wide = cv2.GaussianBlur(sharp, (0, 0), sigmaX=max(a.defocus_px * scale, 0.3), sigmaY=0.3)
+        echo = sharp * (1 - away) + wide * (away * wide_gain)
+        power += echo * echo
     # 4 pi sx sy is the inverse power gain of a Gaussian kernel on white noise
-    power = (np.square(field[:, :, 0]) + np.square(field[:, :, 1])) * np.float32(
-        4 * np.pi * max(a.lateral_px * scale, 0.4) * max(a.axial_px * scale, 0.4)
-    )
+    power *= np.float32(4 * np.pi * max(a.lateral_px * scale, 0.4) * max(a.axial_px * scale, 0.4))
 
-    loss = np.cumsum(beam[:, :, 2], axis=0) * np.float32(geometry.depth_px / samples)
+    loss = np.cumsum(attenuation, axis=0) * np.float32(geometry.depth_px / samples)
     loss = cv2.GaussianBlur(loss, (0, 0), sigmaX=1.2 * scale, sigmaY=0.6)
     loss += np.float32(a.loss_db) * depth
     for centre, half in a.gaps:
@@ -65,11 +66,9 @@ def insonify(
     # ring-down of the probe face
     power += cv2.exp(depth * np.float32(-160)) * 40
 
-    grey = cv2.log(power) * np.float32(1 / _LN_DB / a.range_db) + np.float32(0.52 + a.gain_db / a.range_db)
-    grey = np.clip(grey, 0, 1)
-    if a.gamma != 1:
-        grey = cv2.pow(grey, a.gamma)
-    image = geometry.to_image(grey)
+    grey = cv2.log(power) * np.float32(255 / _LN_DB / a.range_db) + np.float32(255 * (0.52 + a.gain_db / a.range_db))
+    image = geometry.to_image(np.clip(grey, 0, 255).astype(np.uint8))
+    image = cv2.LUT(image, (np.linspace(0, 1, 256) ** a.gamma * 255).astype(np.uint8))
     if a.blur_px > 0.25:
         image = cv2.GaussianBlur(image, (0, 0), a.blur_px * scale) * geometry.field
-    return np.asarray(image * 255, dtype=np.uint8)
+    return np.asarray(image, dtype=np.uint8)

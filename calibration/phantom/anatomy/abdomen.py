@@ -82,12 +82,12 @@ def gynaecology(canvas: Canvas) -> None:
     uterus = canvas.blob(ux, uy, rx, ry, angle, 0.03)
     bladder = canvas.blob(bx, by, canvas.px(rng.uniform(58, 76)), canvas.px(rng.uniform(15, 20)), rng.uniform(-0.1, 0.1), 0.05)
     canvas.fill(bladder, -42.0, -0.06 / canvas.scale)
-    canvas.reflect(bladder, 3.0, 1.6, closed=True)
+    canvas.reflect(bladder, 2.4, 1.5, closed=True)
     canvas.fill(uterus, -3.5)
     canvas.mark(uterus)
     canvas.texture(1.2, 16, [uterus])
     canvas.bed_db = -2.0
-    canvas.reflect(uterus, 2.6, 1.5, closed=True)
+    canvas.reflect(uterus, 1.6, 1.4, closed=True)
     c, s = np.cos(angle), np.sin(angle)
     inner = canvas.blob(ux - flip * c * rx * 0.12, uy - flip * s * rx * 0.12, rx * 0.6, canvas.px(9), angle, 0.05)
     canvas.fill(inner, -11.0)  # the inner muscle layer is a dark rim around the stripe
@@ -104,4 +104,3 @@ def gynaecology(canvas: Canvas) -> None:
     gut = canvas.curve(rng.uniform(0.88, 0.93), wave=0.02)
     canvas.reflect(gut, 3.5, 2.5)
     canvas.band(gut, canvas.curve(1.3), -8.0, 0.1)
-    bezier((0, 0), (1, 1), n=2)

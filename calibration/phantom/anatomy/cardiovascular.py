@@ -14,6 +14,7 @@ def heart(canvas: Canvas) -> None:
     canvas.echo_db[:] = -11.0
     canvas.texture(2.5, 9)
     canvas.bed_db = 2.0
+    canvas.hug, canvas.largest_lesion, canvas.bed_px = True, 24.0, 11.0
     skin(canvas, 0.04)
     if rng.random() < 0.6:
         _apical(canvas)
@@ -27,32 +28,35 @@ def _apical(canvas: Canvas) -> None:
     x, y = canvas.at(rng.uniform(-0.05, 0.05), rng.uniform(0.52, 0.56))
     rx, ry = canvas.px(rng.uniform(76, 86)), canvas.px(rng.uniform(88, 96))
     tilt = rng.uniform(-0.12, 0.12)
-    outer = canvas.blob(x, y, rx, ry, tilt, 0.02)
+    outer = canvas.blob(x, y, rx, ry, 0.0, 0.02)
+    outer[:, 0] = x + (outer[:, 0] - x) * (0.84 + 0.16 * (outer[:, 1] - y) / ry)  # the apex is narrow and near the probe
+    c, s = np.cos(tilt), np.sin(tilt)
+    outer = (outer - (x, y)) @ np.array([[c, s], [-s, c]]) + (x, y)
     canvas.fill(outer, 2.0)
     canvas.mark(outer)
-    canvas.texture(1.2, 20, [outer])
-    canvas.reflect(outer, 3.4, 1.8, closed=True)
-    c, s = np.cos(tilt), np.sin(tilt)
+    canvas.texture(1.6, 20, [outer])
+    canvas.reflect(outer, 2.6, 1.7, closed=True)
 
     def spot(dx: float, dy: float) -> tuple[float, float]:
         return x + c * dx * rx - s * dy * ry, y + s * dx * rx + c * dy * ry
 
     chambers = (  # left ventricle, right ventricle, left atrium, right atrium
-        (0.40, -0.24, 0.31, 0.43),
-        (-0.42, -0.12, 0.26, 0.33),
-        (0.38, 0.55, 0.29, 0.24),
-        (-0.40, 0.54, 0.29, 0.24),
+        (0.30, -0.22, 0.30, 0.47),
+        (-0.36, -0.12, 0.24, 0.38),
+        (0.34, 0.57, 0.31, 0.26),
+        (-0.36, 0.56, 0.29, 0.25),
     )
     for dx, dy, wx, wy in chambers:
         cx, cy = spot(flip * dx, dy)
-        cavity = canvas.blob(cx, cy, wx * rx * rng.uniform(0.92, 1.05), wy * ry * rng.uniform(0.92, 1.05), tilt, 0.05)
+        wx, wy = wx * rng.uniform(0.88, 1.05), wy * rng.uniform(0.88, 1.05)
+        cavity = canvas.blob(cx, cy, wx * rx, wy * ry, tilt, 0.06)
         canvas.fill(cavity, _BLOOD_DB)
-        canvas.reflect(cavity, 2.2, 1.4, closed=True)
-    for dx in (0.39, -0.41):  # mitral and tricuspid leaflets
-        hinge, tip = spot(flip * (dx - 0.27), 0.24), spot(flip * (dx - 0.03), 0.1)
-        canvas.reflect(bezier(hinge, spot(flip * (dx - 0.2), 0.12), tip, n=8), 6.0, 2.4)
-        hinge, tip = spot(flip * (dx + 0.27), 0.24), spot(flip * (dx + 0.03), 0.1)
-        canvas.reflect(bezier(hinge, spot(flip * (dx + 0.2), 0.12), tip, n=8), 6.0, 2.4)
+        canvas.reflect(cavity, 1.1, 1.3, closed=True)
+    opening = rng.uniform(0.05, 0.14)
+    for dx, half in ((0.31, 0.27), (-0.36, 0.22)):  # mitral and tricuspid leaflets
+        for side in (-1, 1):
+            hinge, tip = spot(flip * (dx + side * half), 0.26), spot(flip * (dx + side * opening), 0.06)
+            canvas.reflect(bezier(hinge, spot(flip * (dx + side * half * 0.7), 0.14), tip, n=8), 4.5, 1.8)
     canvas.pulse = (*spot(flip * 0.2, -0.1), 0.62 * ry)
 
 
@@ -66,7 +70,7 @@ def _parasternal(canvas: Canvas) -> None:
     canvas.fill(outer, 2.0)
     canvas.mark(outer)
     canvas.texture(1.2, 20, [outer])
-    canvas.reflect(outer, 3.4, 1.8, closed=True)
+    canvas.reflect(outer, 2.6, 1.7, closed=True)
     c, s = np.cos(tilt), np.sin(tilt)
 
     def spot(dx: float, dy: float) -> tuple[float, float]:
@@ -76,7 +80,7 @@ def _parasternal(canvas: Canvas) -> None:
         cx, cy = spot(dx, dy)
         cavity = canvas.blob(cx, cy, wx * rx, wy * ry, tilt, 0.05)
         canvas.fill(cavity, _BLOOD_DB)
-        canvas.reflect(cavity, 2.2, 1.4, closed=True)
+        canvas.reflect(cavity, 1.1, 1.3, closed=True)
     leaf = bezier(spot(0.3, 0.05), spot(0.05, 0.02), spot(-0.02, 0.2), n=10)
     canvas.reflect(leaf, 6.0, 2.4)
     canvas.reflect(bezier(spot(0.28, 0.42), spot(0.1, 0.4), spot(0.02, 0.28), n=8), 6.0, 2.4)
@@ -92,6 +96,7 @@ def vessel(canvas: Canvas) -> None:
     skin(canvas, rng.uniform(0.03, 0.05))
     muscle(canvas, canvas.curve(rng.uniform(0.08, 0.1)), canvas.curve(rng.uniform(0.16, 0.2), wave=0.006), -8.0, 3)
     canvas.bed_db = 0.0
+    canvas.hug, canvas.largest_lesion, canvas.bed_px = True, 25.0, 8.0
     if rng.random() < 0.6:
         _along(canvas)
     else:
