@@ -1,4 +1,4 @@
-"""Recorded outputs of a reference implementation, one safetensors file a case, checked before anything is run on them."""
+"""Recorded outputs of a reference implementation, one safetensors file a case, checked before anything runs on them."""
 
 from pathlib import Path
 
@@ -30,11 +30,13 @@ class Case(msgspec.Struct, frozen=True):
 
 
 def read_cases(vectors: Path, config: ModelConfig) -> list[Case]:
-    """Cases of a folder (every *.safetensors that is no model*.safetensors) or of one file, in the order of their names."""
+    """Cases of a folder (every *.safetensors that is no model*.safetensors) or of one file, ordered by name."""
     if vectors.is_dir():
         files = sorted(file for file in vectors.glob("*.safetensors") if not file.name.startswith("model"))
         if not files:
-            raise SonoEdgeError(f"{vectors} holds no recorded case (*.safetensors beside model*.safetensors); record some.")
+            raise SonoEdgeError(
+                f"{vectors} holds no recorded case (*.safetensors beside model*.safetensors); record some."
+            )
     elif vectors.is_file():
         files = [vectors]
     else:
@@ -54,7 +56,9 @@ def _read_case(file: Path, config: ModelConfig) -> Case:
     _shape(file, tensors, "generated", batch, None)
     ids = tensors["input_ids"]
     if ids.numel() == 0 or int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
-        raise SonoEdgeError(f"{file}: input_ids must hold tokens from 0 to {config.vocab_size - 1}; it is of another model.")
+        raise SonoEdgeError(
+            f"{file}: input_ids must hold tokens from 0 to {config.vocab_size - 1}; it is of another model."
+        )
     grids: tuple[Grid, ...] = ()
     if "pixel_values" in tensors:
         _shape(file, tensors, "pixel_values", None, config.vision.patch_values)
@@ -85,17 +89,23 @@ def _shape(file: Path, tensors: dict[str, Tensor], key: str, *expected: int | No
     shape = tensors[key].shape
     if len(shape) != len(expected) or any(want not in (None, have) for want, have in zip(expected, shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise SonoEdgeError(f"{file}: {key} is {list(shape)}, not [{wanted}]; it belongs to another checkpoint or case.")
+        raise SonoEdgeError(
+            f"{file}: {key} is {list(shape)}, not [{wanted}]; it belongs to another checkpoint or case."
+        )
     return shape
 
 
-def _numbered(file: Path, tensors: dict[str, Tensor], stem: str, shape: tuple[int, ...], most: int) -> tuple[Tensor, ...]:
+def _numbered(
+    file: Path, tensors: dict[str, Tensor], stem: str, shape: tuple[int, ...], most: int
+) -> tuple[Tensor, ...]:
     """The tensors stem.0, stem.1, … (none, or one a layer), each of `shape`."""
     names = [name for name in tensors if name.startswith(f"{stem}.")]
     if not names:
         return ()
     if len(names) != most:
-        raise SonoEdgeError(f"{file} records {len(names)} of {stem}.I but the checkpoint has {most}; it is of another model.")
+        raise SonoEdgeError(
+            f"{file} records {len(names)} of {stem}.I but the checkpoint has {most}; it is of another model."
+        )
     for index in range(most):
         _shape(file, tensors, f"{stem}.{index}", *shape)
     return tuple(tensors[f"{stem}.{index}"] for index in range(most))

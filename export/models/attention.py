@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sonoedge.export.models.config import ModelConfig
+from sonoedge.export.models.layers import Linear
 from sonoedge.export.models.rope import rotate
 
 # (q [B, S, heads, D] rotated, k [B, S, kv_heads, D] rotated, v [B, S, kv_heads, D]) -> [B, S, heads, D]
@@ -16,7 +17,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √D + bias) v, each key head serving heads / kv_heads query heads (arXiv 2305.13245).
 
-    q [B, heads, S, D], k and v [B, kv_heads, T, D], bias [B or 1, 1, S, T] or None (all visible); gives [B, heads, S, D].
+    q [B, heads, S, D], k and v [B, kv_heads, T, D], bias [B or 1, 1, S, T] or None (all visible);
+    gives [B, heads, S, D].
     """
     batch, heads, rows, width = q.shape
     kv_heads, columns = k.shape[1], k.shape[2]
@@ -62,10 +64,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=True)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=True)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [B, S, hidden], cos and sin [B, S, D / 2]; gives [B, S, hidden]."""

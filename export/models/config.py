@@ -1,4 +1,4 @@
-"""What a Qwen2-VL or EchoVLM checkpoint is: its sizes, as frozen structs whose field names are the keys of config.json."""
+"""What a Qwen2-VL or EchoVLM checkpoint is: its sizes, as frozen structs with the names that config.json uses."""
 
 from typing import Annotated
 

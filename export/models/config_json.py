@@ -10,7 +10,7 @@ from sonoedge.export.models.config import ECHOVLM, QWEN2_VL, ModelConfig, MoECon
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Read `config.json` of a checkpoint folder (or that file itself); SonoEdgeError when it describes another model."""
+    """Read `config.json` of a checkpoint folder (or that file); SonoEdgeError when it describes another model."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise SonoEdgeError(f"{file} does not exist; give the folder of a checkpoint with config.json and safetensors.")
@@ -57,7 +57,9 @@ def config_tree(config: ModelConfig) -> dict[str, Any]:
     """The config.json of `config` in the released flat layout, which transformers reads too when the model is dense."""
     vision = msgspec.to_builtins(config.vision) | {"hidden_act": "quick_gelu", "model_type": "qwen2_vl"}
     skipped = {"vision_config", "moe", "eos_token_ids", "mrope_section"}
-    flat = {key: value for key, value in msgspec.to_builtins(config).items() if key not in skipped and value is not None}
+    flat = {
+        key: value for key, value in msgspec.to_builtins(config).items() if key not in skipped and value is not None
+    }
     eos = list(config.eos_token_ids)
     tree: dict[str, Any] = {"architectures": [config.architecture], "model_type": "qwen2_vl"} | flat
     if config.moe is not None:
@@ -73,7 +75,9 @@ def config_tree(config: ModelConfig) -> dict[str, Any]:
 
 def _architecture(model_type: object, names: object) -> str:
     if model_type != "qwen2_vl":
-        raise SonoEdgeError(f"model_type {model_type!r} is not supported; give an EchoVLM or Qwen2-VL checkpoint (qwen2_vl).")
+        raise SonoEdgeError(
+            f"model_type {model_type!r} is not supported; give an EchoVLM or Qwen2-VL checkpoint (qwen2_vl)."
+        )
     if not isinstance(names, list) or len(names) != 1 or names[0] not in (ECHOVLM, QWEN2_VL):
         raise SonoEdgeError(f"architectures {names!r} is not supported; it must be [{ECHOVLM!r}] or [{QWEN2_VL!r}].")
     return str(names[0])

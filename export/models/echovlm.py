@@ -12,7 +12,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.models.attention import Attend, SelfAttention, attention, causal_visible, visible_bias
 from sonoedge.export.models.cache import KVCache
 from sonoedge.export.models.config import ModelConfig
-from sonoedge.export.models.layers import RMSNorm, SwiGLU
+from sonoedge.export.models.layers import Embedding, Linear, RMSNorm, SwiGLU
 from sonoedge.export.models.moe import SparseMoE
 from sonoedge.export.models.rope import Grid, mrope_tables, vision_tables
 from sonoedge.export.models.vision import VisionTower
@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         self.is_mixture = config.moe is not None
         if config.moe is not None:
             self.moe = SparseMoE(config.hidden_size, config.moe)
-            self.coefficient = nn.Linear(config.hidden_size, 2)
+            self.coefficient = Linear(config.hidden_size, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
         """x [B, S, hidden], cos and sin [B, S, head_dim / 2]; gives the new x and the router logits [B, S, experts]."""
@@ -57,13 +57,16 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class EchoVLM(nn.Module):
-    """The whole model; parameter names are the keys of a released checkpoint (dense Qwen2-VL when config.moe is None)."""
+    """The whole model, its parameters named as a released checkpoint's keys (dense Qwen2-VL when config.moe is None).
+
+    Constructed with every matrix at zero: `load_checkpoint` and `init_model` are what fill it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,13 +74,15 @@ class EchoVLM(nn.Module):
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Image tokens of all images, patches [n, patch_values] to [n / merge², hidden]; each frame attends to itself."""
+        """Image tokens of all images, patches [n, patch_values] to [n / merge², hidden]; a frame attends to itself."""
         frames = [rows * columns for count, rows, columns in grids for _ in range(count)]
         if sum(frames) != patches.shape[0]:
-            raise SonoEdgeError(f"{patches.shape[0]} patches do not fill the grids {list(grids)}, which need {sum(frames)}.")
+            raise SonoEdgeError(
+                f"{patches.shape[0]} patches do not fill the grids {list(grids)}, which need {sum(frames)}."
+            )
         cos, sin = vision_tables(grids, self.config.vision, patches.device)
         encoded: Tensor = self.visual(patches, cos, sin, frames)
         return encoded
@@ -138,8 +143,8 @@ class EchoVLM(nn.Module):
     ) -> ModelOutput:
         """Run the decoder over embeddings x [B, S, hidden] at positions [3, B, S].
 
-        attention_bias: additive [B or 1, 1, S, past + S], None for causal. logits_rows: int64 [r] picks the same rows of
-        every sequence, bool [B, S] any rows (logits [picked, vocab]), None all rows.
+        attention_bias: additive [B or 1, 1, S, past + S], None for causal. logits_rows: int64 [r] picks the same rows
+        of every sequence, bool [B, S] any rows (logits [picked, vocab]), None all rows.
         """
         cos, sin = mrope_tables(positions, self.config, x.dtype)
         rows = x.shape[1]

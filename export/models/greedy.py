@@ -52,7 +52,7 @@ def read_stop_rule(checkpoint: Path, config: ModelConfig) -> StopRule:
 
 @torch.inference_mode()
 def greedy_tokens(model: EchoVLM, prompt: Prompt, count: int, stop: StopRule, *, cached: bool) -> Tensor:
-    """Most likely continuation int64 [B, count]; `cached` keeps keys and values, else every step starts from nothing."""
+    """Most likely continuation int64 [B, count]; `cached` keeps keys and values, else every step runs everything."""
     batch = prompt.embedded.shape[0]
     x, positions, mask = prompt.embedded, prompt.positions, prompt.attention_mask
     following = prompt.next_positions
@@ -63,7 +63,9 @@ def greedy_tokens(model: EchoVLM, prompt: Prompt, count: int, stop: StopRule, *,
     last_row = torch.tensor([-1])
     for step in range(count):
         bias = padded_bias(mask, x.shape[1], x.dtype)
-        logits = model.decode(x, positions, attention_bias=bias, cache=cache, logits_rows=last_row).logits  # [B, 1, vocab]
+        logits = model.decode(
+            x, positions, attention_bias=bias, cache=cache, logits_rows=last_row
+        ).logits  # [B, 1, vocab]
         chosen = logits[:, -1].argmax(dim=-1).masked_fill(finished, stop.pad)
         tokens[:, step] = chosen
         finished |= torch.isin(chosen, ends)
@@ -75,4 +77,3 @@ def greedy_tokens(model: EchoVLM, prompt: Prompt, count: int, stop: StopRule, *,
         positions = new_positions if cached else torch.cat((positions, new_positions), dim=2)
         following = following + 1
     return tokens
-

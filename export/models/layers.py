@@ -1,8 +1,37 @@
-"""The two building blocks that every part of the decoder shares: RMS normalisation and the SwiGLU feed-forward."""
+"""The building blocks that the parts of the model share: layers that start at zero, RMS normalisation, SwiGLU."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+# Weights always come from a checkpoint or from `init_model`. PyTorch's own random initialisation would be thrown away,
+# and on meta weights it alone costs two seconds of imports.
+class Linear(nn.Linear):
+    """nn.Linear that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        _zero(self)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        _zero(self)
+
+
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        _zero(self)
+
+
+def _zero(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters(recurse=False):
+            parameter.zero_()
 
 
 class RMSNorm(nn.Module):
@@ -24,9 +53,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.gate_proj = Linear(hidden, intermediate, bias=False)
+        self.up_proj = Linear(hidden, intermediate, bias=False)
+        self.down_proj = Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = functional.silu(self.gate_proj(x)) * self.up_proj(x)  # [..., intermediate]

@@ -29,12 +29,18 @@ def open_checkpoint(path: Path) -> tuple[ModelConfig, dict[str, TensorHeader]]:
     expected = {key: tuple(tensor.shape) for key, tensor in empty_model(config).state_dict().items()}
     missing, unused = expected.keys() - headers.keys(), headers.keys() - expected.keys()
     if missing or unused:
-        faults = [f"{len(keys)} {name} ({listed(keys)})" for name, keys in (("missing", missing), ("unused", unused)) if keys]
+        faults = [
+            f"{len(keys)} {name} ({listed(keys)})" for name, keys in (("missing", missing), ("unused", unused)) if keys
+        ]
         raise SonoEdgeError(
             f"{path}: the weights do not fit {config.architecture} of this config.json, keys: {'; '.join(faults)}; "
             "use the config.json and weights of one checkpoint."
         )
-    wrong = [f"{key} {list(header.shape)}, not {list(expected[key])}" for key, header in headers.items() if header.shape != expected[key]]
+    wrong = [
+        f"{key} {list(header.shape)}, not {list(expected[key])}"
+        for key, header in headers.items()
+        if header.shape != expected[key]
+    ]
     if wrong:
         raise SonoEdgeError(
             f"{path}: the shapes of weights contradict config.json: {listed(wrong)}; use the files of one checkpoint."

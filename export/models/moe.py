@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sonoedge.export.models.config import MoEConfig
-from sonoedge.export.models.layers import SwiGLU
+from sonoedge.export.models.layers import Linear, SwiGLU
 
 
 class SparseMoE(nn.Module):
@@ -18,10 +18,10 @@ class SparseMoE(nn.Module):
     def __init__(self, hidden: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(hidden, config.num_experts, bias=False)
+        self.gate = Linear(hidden, config.num_experts, bias=False)
         self.experts = nn.ModuleList(SwiGLU(hidden, config.moe_intermediate_size) for _ in range(config.num_experts))
         self.shared_expert = SwiGLU(hidden, config.shared_expert_intermediate_size)
-        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
+        self.shared_expert_gate = Linear(hidden, 1, bias=False)
 
     def route(self, router_logits: Tensor) -> Tensor:
         """Weight of every expert, zero for those not chosen; router_logits [..., experts] to float32 [..., experts]."""
@@ -36,7 +36,8 @@ class SparseMoE(nn.Module):
         gate = functional.linear(x, torch.cat(self._weights("gate_proj")))  # [..., experts * intermediate]
         up = functional.linear(x, torch.cat(self._weights("up_proj")))
         hidden = functional.silu(gate) * up
-        return hidden.unflatten(-1, (self.config.num_experts, self.config.moe_intermediate_size))
+        split: Tensor = hidden.unflatten(-1, (self.config.num_experts, self.config.moe_intermediate_size))
+        return split
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mixed output [..., hidden] and the router logits [..., experts]."""

@@ -1,6 +1,7 @@
 """Rotary embedding: multimodal for the decoder (time, row, column), two-dimensional for the vision tower."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -69,15 +70,17 @@ def batch_positions(
         positions[:, row, mask] = place.to(input_ids.device)
         following[row] = int(place.max()) + 1 if tokens else 0
     if remaining:
-        raise SonoEdgeError(f"{len(grids)} images are given but {len(remaining)} of them have no place in the text; check both.")
+        raise SonoEdgeError(
+            f"{len(grids)} images are given but {len(remaining)} of them have no place in the text; check both."
+        )
     return positions, following
 
 
 def _row_positions(tokens: list[int], remaining: list[Grid], config: ModelConfig) -> Tensor:
     """Positions [3, n] of one unpadded sequence; takes the grids of its images from the front of `remaining`."""
     merge = config.vision.spatial_merge_size
-    starts = zip(tokens, tokens[1:], strict=False)
-    images = sum(pair == (config.vision_start_token_id, config.image_token_id) for pair in starts)
+    opening = (config.vision_start_token_id, config.image_token_id)
+    images = sum(pair == opening for pair in pairwise(tokens))
     if images > len(remaining):
         raise SonoEdgeError(f"the text has more images than grids: {images} against {len(remaining)}; check both.")
     parts: list[Tensor] = []

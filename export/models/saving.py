@@ -45,7 +45,9 @@ def save_checkpoint(
     SonoEdgeError when `path` exists and is not an empty folder, or when the tokenizer files are not there.
     """
     if dtype not in DTYPE_NAMES:
-        raise SonoEdgeError(f"dtype {dtype} is not a checkpoint format; choose one of {', '.join(DTYPE_NAMES.values())}.")
+        raise SonoEdgeError(
+            f"dtype {dtype} is not a checkpoint format; choose one of {', '.join(DTYPE_NAMES.values())}."
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SonoEdgeError(f"{path} exists and is not an empty folder; choose another place or remove it.")
     try:
@@ -71,7 +73,7 @@ def _write_config_files(
     extra_config: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
 ) -> None:
-    tree = config_tree(config) | {"torch_dtype": DTYPE_NAMES[dtype]} | extra_config
+    tree = config_tree(config) | {"torch_dtype": DTYPE_NAMES[dtype], **extra_config}
     _write_json(folder / "config.json", tree)
     if source is not None:
         for name in TOKENIZER_FILES:
@@ -84,9 +86,13 @@ def _write_config_files(
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
-    image = PREPROCESSOR | _copied(source, "preprocessor_config.json") | geometry | preprocessor
+    image = {**PREPROCESSOR, **_copied(source, "preprocessor_config.json"), **geometry, **preprocessor}
     _write_json(folder / "preprocessor_config.json", image)
-    tokens = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id, "eos_token_id": tree["eos_token_id"]}
+    tokens = {
+        "bos_token_id": config.bos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": tree["eos_token_id"],
+    }
     generation = {key: value for key, value in tokens.items() if value is not None} | {"do_sample": False}
     _write_json(folder / "generation_config.json", _copied(source, "generation_config.json") or generation)
 

@@ -48,7 +48,9 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         return _file_headers(folder / SINGLE_FILE)
     index_file = folder / INDEX_FILE
     if not index_file.is_file():
-        raise SonoEdgeError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; copy the weights beside config.json.")
+        raise SonoEdgeError(
+            f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; copy the weights beside config.json."
+        )
     weight_map = _read_index(index_file)
     headers: dict[str, TensorHeader] = {}
     for name in sorted(set(weight_map.values())):
@@ -98,7 +100,9 @@ def _file_headers(file: Path) -> dict[str, TensorHeader]:
             part = shard.get_slice(key)
             header = TensorHeader(file, tuple(part.get_shape()), part.get_dtype())
             if header.dtype not in FLOAT_BYTES:
-                raise SonoEdgeError(f"{file}: {key} is {header.dtype}; only float weights (F32, F16, BF16) are supported.")
+                raise SonoEdgeError(
+                    f"{file}: {key} is {header.dtype}; only float weights (F32, F16, BF16) are supported."
+                )
             headers[key] = header
     return headers
 

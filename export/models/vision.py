@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from sonoedge.export.models.attention import attention
 from sonoedge.export.models.config import VisionConfig
+from sonoedge.export.models.layers import Conv3d, Linear
 from sonoedge.export.models.rope import rotate
 
 NORM_EPS = 1e-6
@@ -19,7 +20,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel_size=kernel, stride=kernel, bias=False)
+        self.proj = Conv3d(config.in_channels, config.embed_dim, kernel_size=kernel, stride=kernel, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
         """patches [n, patch_values] to [n, embed_dim]."""
@@ -33,8 +34,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[int] | None) -> Tensor:
         """x [n, embed_dim], cos and sin [n, head_dim / 2], segments: patches in each (None: one segment)."""
@@ -46,7 +47,7 @@ class VisionAttention(nn.Module):
             mixed = _attend(q, k, v, count)
         else:
             split = zip(*(part.split(list(segments)) for part in (q, k, v)), strict=True)
-            mixed = torch.cat([_attend(*parts, count=1) for parts in split])
+            mixed = torch.cat([_attend(*parts, 1) for parts in split])
         result: Tensor = self.proj(mixed)
         return result
 
@@ -62,8 +63,8 @@ class VisionMlp(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.embed_dim, config.mlp_size)
-        self.fc2 = nn.Linear(config.mlp_size, config.embed_dim)
+        self.fc1 = Linear(config.embed_dim, config.mlp_size)
+        self.fc2 = Linear(config.mlp_size, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
@@ -94,7 +95,7 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.width = config.embed_dim * config.spatial_merge_size**2
         self.ln_q = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.hidden_size))
+        self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(), Linear(self.width, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [n, embed_dim] to [n / merge², hidden]."""
