@@ -1,4 +1,4 @@
-"""The one exception that SonoEdge raises on purpose; everything else that escapes is a defect and keeps its traceback."""
+"""The one exception that SonoEdge raises on purpose; anything else that escapes is a defect and keeps its traceback."""
 
 
 class SonoEdgeError(Exception):

@@ -1,4 +1,4 @@
-"""Progress of long steps, always on standard error: a bar on a terminal, one line at the start and at the end elsewhere."""
+"""Progress of long steps, on standard error: a bar on a terminal, one line at the start and at the end elsewhere."""
 
 import sys
 import time
