@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sonoedge.bundle import HintCalibration
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.familiarity import Familiarity
 from sonoedge.runtime.frame import Frame
@@ -20,15 +21,8 @@ LOW_CONFIDENCE = "low confidence"
 UNSEEN = "unseen kind of image"
 
 
-class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What turns one hint's scores into a probability that can be trusted, and when it is too low to speak."""
-
-    temperature: float = 1.0
-    abstain_below: float = 0.0
-
-
 class HintResult(msgspec.Struct, frozen=True):
-    """One hint about one frame; `answer` and `text` are None when it abstains, `probability` is the best candidate's."""
+    """One hint about one frame; `answer` and `text` are None when it abstains; `probability` is of the likeliest."""
 
     hint: str
     answer: str | None
@@ -48,7 +42,7 @@ class HintEngine:
         tokenizer: Tokenizer,
         schema: HintSchema,
         *,
-        calibration: Mapping[str, Calibration] | None = None,
+        calibration: Mapping[str, HintCalibration] | None = None,
         familiarity: Familiarity | None = None,
         language: str = HINT_LANGUAGE,
     ) -> None:
@@ -57,7 +51,7 @@ class HintEngine:
         self._session = session
         self._prompter = Prompter(session, tokenizer)
         self._familiarity = familiarity
-        self._calibration = {hint.name: Calibration() for hint in schema.hints} | dict(calibration or {})
+        self._calibration = {hint.name: HintCalibration() for hint in schema.hints} | dict(calibration or {})
         if unknown := set(self._calibration) - {hint.name for hint in schema.hints}:
             raise SonoEdgeError(
                 f"hint_calibration names {sorted(unknown)}, which the schema lacks: build the bundle again"
@@ -110,7 +104,9 @@ class HintEngine:
         return {hint.name: candidates[part] for hint, part in zip(self.schema.hints, layout.slices, strict=True)}
 
 
-def _result(hint: HintSpec, scores: npt.NDArray[np.float32], calibration: Calibration, *, unseen: bool) -> HintResult:
+def _result(
+    hint: HintSpec, scores: npt.NDArray[np.float32], calibration: HintCalibration, *, unseen: bool
+) -> HintResult:
     scaled = scores / calibration.temperature
     weights = np.exp(scaled - scaled.max())
     probabilities = weights / weights.sum()  # [candidates]

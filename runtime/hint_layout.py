@@ -23,7 +23,7 @@ class HintLayout(msgspec.Struct, frozen=True):
 
 
 def lay_out(schema: HintSchema, tokenizer: Tokenizer, language: str) -> HintLayout:
-    """Lay out every question of `schema` in `language`: a question sees itself, a candidate sees its question and itself.
+    """Lay out every question of `schema`: a question sees itself, a candidate sees its question and itself.
 
     A candidate's last token, the end of the turn, is looked up but never fed; raises SonoEdgeError for an unknown
     language.

@@ -9,22 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sonoedge.bundle import ImageSpec
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
 
+__all__ = ["ImageSpec", "Patches", "crop_to_sector", "preprocess", "smart_resize"]
+
 MAX_ASPECT_RATIO = 200  # Qwen2-VL's own limit
-
-
-class ImageSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a model wants its pictures; the pixel bounds hold after resizing."""
-
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 196 * 28 * 28
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Patches(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ _SPECIALS = {
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary (GPT-2's table: printable bytes stand for themselves)."""
+    """Return the byte behind each character of a byte-level vocabulary (GPT-2's table: printable ones mean themselves)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
@@ -85,7 +85,7 @@ class Tokenizer:
         """Return the ids of `text` as plain text, whatever it looks like."""
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         if self._added_text is not None and not self._added.isdisjoint(ids):
-            # Added tokens that are not "special" (<tool_call>) are recognised even so: cut each after its first character.
+            # Added tokens that are not "special" (<tool_call>) are recognised even so: cut each of them in two.
             cuts = [match.start() + 1 for match in self._added_text.finditer(text)]
             pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
             ids = [index for piece in pieces for index in self._inner.encode(piece, add_special_tokens=False).ids]

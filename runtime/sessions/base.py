@@ -2,25 +2,13 @@
 
 from typing import Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from sonoedge.runtime.preprocess import ImageSpec, Patches
+from sonoedge.bundle import DecoderSpec, ImageSpec
+from sonoedge.runtime.preprocess import Patches
 
-
-class DecoderSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The decoder's sizes; `context` is the capacity of the KV cache in tokens."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
-    image_token_id: int
-    eos_token_ids: tuple[int, ...]
+__all__ = ["DecoderSpec", "Session"]
 
 
 class Session(Protocol):

@@ -29,6 +29,13 @@ def read_picture(path: Path) -> npt.NDArray[np.uint8]:
         raise SonoEdgeError(f"{path} is not a picture that can be read ({error}): give a whole PNG or JPEG") from error
 
 
+def _check_header(path: Path) -> None:
+    try:
+        Image.open(path).close()  # reads no pixels
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SonoEdgeError(f"{path} is not a picture: remove it from the feed or replace it") from error
+
+
 class PictureSource(RecordedSource):
     """Pictures played one after the other; a single one is a still feed."""
 
@@ -37,10 +44,7 @@ class PictureSource(RecordedSource):
         super().__init__(name, once=once, fps=fps or DEFAULT_FPS)
         self._paths = sorted(paths, key=_natural)
         for path in self._paths:
-            try:
-                Image.open(path).close()  # reads the header only
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise SonoEdgeError(f"{path} is not a picture: remove it from the feed or replace it") from error
+            _check_header(path)
         self._still = read_picture(self._paths[0])
 
     def pictures(self) -> Iterator[npt.NDArray[np.uint8]]:

@@ -14,7 +14,7 @@ from sonoedge.runtime.sources import SourceState
 
 
 class Pacer:
-    """Ticks at a rate on a fixed grid of the monotonic clock: late ticks are left out, never bunched, never drifting."""
+    """Ticks on a fixed grid of the monotonic clock: no drift, and late ticks are left out, never bunched."""
 
     def __init__(self, fps: float, stop: threading.Event) -> None:
         self._period_ns = 1e9 / fps

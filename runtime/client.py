@@ -1,0 +1,128 @@
+"""The client's end: ask a server and read what it says, hint by hint or token by token."""
+
+import itertools
+import time
+import uuid
+from collections.abc import Iterator
+from types import TracebackType
+
+import zmq
+
+from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.endpoints import connect
+from sonoedge.runtime.protocol import (
+    Answer,
+    Ask,
+    Broadcast,
+    Cancel,
+    Error,
+    Id,
+    Language,
+    Reply,
+    Request,
+    Status,
+    StatusRequest,
+    Token,
+    decode_broadcast,
+    decode_reply,
+    encode,
+)
+
+
+class Client:
+    """Asks one server, one question at a time; not safe to share between threads."""
+
+    def __init__(self, endpoint: str, *, timeout_s: float = 10.0) -> None:
+        """Connect; `timeout_s` is how long the server may be silent. Raises SonoEdgeError when it is no endpoint."""
+        self.endpoint = endpoint
+        self._timeout_s = timeout_s
+        self._socket = connect(zmq.DEALER, endpoint)
+        self._ids = (f"{uuid.uuid4().hex[:8]}-{number}" for number in itertools.count())
+
+    def ask(
+        self,
+        question: str,
+        *,
+        language: Language | None = None,
+        max_tokens: int = 256,
+        deadline_ms: int | None = None,
+    ) -> Iterator[Token | Answer]:
+        """Yield the tokens of the answer as they come, then the whole answer.
+
+        Raises SonoEdgeError when the server refuses or stays silent; leaving the iteration early cancels the question.
+        """
+        ask = Ask(next(self._ids), question, language, max_tokens, deadline_ms)
+        reply: Reply | None = None
+        self._send(ask)
+        try:
+            while not isinstance(reply, Answer):
+                reply = self._receive(ask.id)
+                if isinstance(reply, Token | Answer):
+                    yield reply
+        finally:
+            if isinstance(reply, Token):
+                self._send(Cancel(ask.id))
+
+    def answer(self, question: str, **options: Language | int | None) -> Answer:
+        """Return the whole answer; options and errors as for `ask`."""
+        *_, last = self.ask(question, **options)  # type: ignore[arg-type]
+        assert isinstance(last, Answer)
+        return last
+
+    def status(self) -> Status:
+        """Return the server's counters; raises SonoEdgeError when it stays silent."""
+        request = StatusRequest(next(self._ids))
+        self._send(request)
+        reply = self._receive(request.id)
+        if not isinstance(reply, Status):
+            raise SonoEdgeError(f"{self.endpoint} answered a status request with {type(reply).__name__}: update it")
+        return reply
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._socket.close()
+
+    def __enter__(self) -> "Client":
+        """Use as a context."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Disconnect."""
+        self.close()
+
+    def _send(self, request: Request) -> None:
+        self._socket.send(encode(request))
+
+    def _receive(self, request_id: Id | None) -> Reply:
+        """Return the next reply to the request, skipping those to earlier ones."""
+        until = time.monotonic() + self._timeout_s
+        while (left_s := until - time.monotonic()) > 0:
+            if not self._socket.poll(max(1, round(left_s * 1000))):
+                continue
+            reply = decode_reply(self._socket.recv())
+            if isinstance(reply, Error) and reply.id in (request_id, None):
+                raise SonoEdgeError(reply.message)
+            if reply.id == request_id:
+                return reply
+        raise silence(self.endpoint, self._timeout_s)
+
+
+def listen(endpoint: str, *, timeout_s: float) -> Iterator[Broadcast]:
+    """Yield hints, state and telemetry; raises SonoEdgeError after `timeout_s` of silence."""
+    socket = connect(zmq.SUB, endpoint)
+    try:
+        socket.subscribe(b"")
+        while socket.poll(max(1, round(timeout_s * 1000))):
+            yield decode_broadcast(socket.recv())
+        raise silence(endpoint, timeout_s)
+    finally:
+        socket.close()
+
+
+def silence(endpoint: str, timeout_s: float) -> SonoEdgeError:
+    """The error for a server that says nothing."""
+    return SonoEdgeError(
+        f"{endpoint} was silent for {timeout_s:g} s: start `sonoedge serve`, or correct the endpoint or --timeout"
+    )

@@ -1,0 +1,36 @@
+"""Everything that a bundle brings to the runtime: session, tokenizer, hints, and what every message says of it."""
+
+from pathlib import Path
+
+import msgspec
+
+from sonoedge.bundle import HINT_SCHEMA_FILE, TOKENIZER_FILE, open_bundle
+from sonoedge.runtime.familiarity import load_familiarity
+from sonoedge.runtime.hint_engine import HintEngine
+from sonoedge.runtime.hints import load_schema
+from sonoedge.runtime.sessions.base import Session
+from sonoedge.runtime.tokens import Tokenizer
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A loaded model; `id` is the hash that names it in every message."""
+
+    session: Session
+    tokenizer: Tokenizer
+    engine: HintEngine
+    id: str
+    intended_use: str
+
+
+def open_model(path: Path) -> Model:
+    """Check and load the bundle at `path`; raises SonoEdgeError naming what is wrong with it."""
+    from sonoedge.runtime.sessions.ort import open_session
+
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    tokenizer = Tokenizer.from_file(bundle.path(TOKENIZER_FILE))
+    schema = load_schema(bundle.path(HINT_SCHEMA_FILE))
+    familiarity = load_familiarity(bundle.path(manifest.familiarity)) if manifest.familiarity is not None else None
+    session = open_session(bundle)
+    engine = HintEngine(session, tokenizer, schema, calibration=manifest.hint_calibration, familiarity=familiarity)
+    return Model(session, tokenizer, engine, manifest.model.id, manifest.intended_use)

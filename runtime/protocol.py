@@ -1,0 +1,206 @@
+"""Every message on the wire: tagged msgpack maps with a version, one typed definition for both ends.
+
+Requests go to the ROUTER as `[payload]` (DEALER) or `["", payload]` (REQ); replies come back in the same form. Hints,
+state and telemetry are single-part messages on the PUB.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.generate import Finish
+from sonoedge.runtime.hints import Text
+from sonoedge.runtime.sources import SourceState
+
+VERSION = 1
+MAX_MESSAGE_BYTES = 64 * 1024  # larger requests get an error reply
+MAX_WIRE_BYTES = 1024 * 1024  # larger ones end their sender's connection before they fill memory
+
+Id = Annotated[str, msgspec.Meta(max_length=128)] | int
+Language = Literal["en", "zh"]
+
+
+class ProtocolError(SonoEdgeError):
+    """A message that cannot be understood; `request_id` is there when that much could be read."""
+
+    def __init__(self, message: str, request_id: str | int | None = None) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask", forbid_unknown_fields=True):
+    """Asks about the newest frame; `stream` None means: token messages unless the envelope has a REQ delimiter."""
+
+    id: Id
+    question: Annotated[str, msgspec.Meta(min_length=1)]
+    language: Language | None = None  # None: the question's own
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
+    deadline_ms: Annotated[int, msgspec.Meta(ge=1, le=3_600_000)] | None = None
+    stream: bool | None = None
+    v: int = VERSION
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", forbid_unknown_fields=True):
+    """Ends the question `id` of the same client; its answer comes with what there is."""
+
+    id: Id
+    v: int = VERSION
+
+
+class StatusRequest(msgspec.Struct, frozen=True, tag="status", forbid_unknown_fields=True):
+    """Asks for the counters."""
+
+    id: Id | None = None
+    v: int = VERSION
+
+
+class Token(msgspec.Struct, frozen=True, tag="token"):
+    """The next characters of an answer."""
+
+    id: Id
+    text: str
+    v: int = VERSION
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """A whole answer: about which frame, how old that is, how many tokens and milliseconds it took, why it ended."""
+
+    id: Id
+    answer: str
+    frame: int
+    age_ms: float
+    model: str
+    intended_use: str
+    tokens: int
+    ms: float
+    finish: Finish
+    v: int = VERSION
+
+
+class Error(msgspec.Struct, frozen=True, tag="error"):
+    """A request that was refused; `retry_ms` says when it may succeed."""
+
+    message: str
+    id: Id | None = None
+    retry_ms: int | None = None
+    v: int = VERSION
+
+
+class Telemetry(msgspec.Struct, frozen=True, tag="telemetry"):
+    """Counters since the start; latencies from capture to wire over the last frames, None before the first."""
+
+    frames: int  # came from the source
+    dropped: int  # replaced by a newer one before the model saw them
+    hinted: int
+    failed: int  # could not be looked at
+    hints: int
+    questions: int  # answered
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    v: int = VERSION
+
+
+class State(msgspec.Struct, frozen=True, tag="state"):
+    """What the source is doing; `detail` says what went wrong last."""
+
+    state: SourceState
+    name: str
+    detail: str | None = None
+    v: int = VERSION
+
+
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    """The reply to a status request."""
+
+    id: Id | None
+    model: str
+    intended_use: str
+    source: State
+    telemetry: Telemetry
+    queued: int
+    v: int = VERSION
+
+
+class Hint(msgspec.Struct, frozen=True, tag="hint"):
+    """One hint about one frame; `answer` and `text` are None when it abstains, `candidates` are always there."""
+
+    hint: str
+    answer: str | None
+    text: Text | None
+    probability: float
+    abstain: bool
+    reason: str | None
+    frame: int
+    age_ms: float
+    model: str
+    intended_use: str
+    captured_ns: int  # on the server's monotonic clock
+    source: str
+    candidates: dict[str, float]
+    v: int = VERSION
+
+
+Request = Ask | Cancel | StatusRequest
+Reply = Token | Answer | Error | Status
+Broadcast = Hint | State | Telemetry
+
+
+class _Header(msgspec.Struct):
+    type: str
+    v: int = VERSION
+    id: str | int | None = None
+
+
+_header = msgspec.msgpack.Decoder(_Header)
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_broadcasts: msgspec.msgpack.Decoder[Broadcast] = msgspec.msgpack.Decoder(Broadcast)
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def encode(message: Request | Reply | Broadcast) -> bytes:
+    """Return the message as msgpack."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode_request(payload: bytes) -> Request:
+    """Read a request; raises ProtocolError naming what is wrong with it."""
+    header = _read_header(payload)
+    try:
+        return _requests.decode(payload)
+    except _UNREADABLE as error:
+        raise ProtocolError(f"the {header.type!r} request is wrong: {error}; correct that field", header.id) from error
+
+
+def decode_reply(payload: bytes) -> Reply:
+    """Read a reply; raises ProtocolError when the server speaks another version."""
+    _read_header(payload)
+    try:
+        return _replies.decode(payload)
+    except _UNREADABLE as error:
+        raise ProtocolError(f"the server's reply is wrong: {error}; update sonoedge on the older side") from error
+
+
+def decode_broadcast(payload: bytes) -> Broadcast:
+    """Read a hint, state or telemetry message; raises ProtocolError when the server speaks another version."""
+    _read_header(payload)
+    try:
+        return _broadcasts.decode(payload)
+    except _UNREADABLE as error:
+        raise ProtocolError(f"the published message is wrong: {error}; update sonoedge on the older side") from error
+
+
+def _read_header(payload: bytes) -> _Header:
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"the message has {len(payload)} bytes, more than {MAX_MESSAGE_BYTES}: send a shorter one")
+    try:
+        header = _header.decode(payload)
+    except _UNREADABLE as error:
+        raise ProtocolError(
+            f"the message is no sonoedge message ({error}): send a msgpack map with type and v"
+        ) from error
+    if header.v != VERSION:
+        raise ProtocolError(f"the message has version {header.v}, not {VERSION}: update the older side", header.id)
+    return header

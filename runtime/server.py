@@ -1,0 +1,216 @@
+"""One running assistant: capture thread → newest frame → worker → I/O thread, and questions the other way."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.frame import Frame
+from sonoedge.runtime.hint_engine import HintResult
+from sonoedge.runtime.latency import LatencyWindow
+from sonoedge.runtime.model import Model
+from sonoedge.runtime.protocol import (
+    Answer,
+    Ask,
+    Cancel,
+    Error,
+    Hint,
+    Reply,
+    Request,
+    State,
+    Status,
+    StatusRequest,
+    Telemetry,
+)
+from sonoedge.runtime.questions import Question, QuestionQueue
+from sonoedge.runtime.slot import LatestFrameSlot
+from sonoedge.runtime.sources import Source, SourceState
+from sonoedge.runtime.wire import Envelope, Wire
+from sonoedge.runtime.worker import ANSWER_SLICE_MS, Worker
+
+QUESTIONS_AT_ONCE = 8
+STALL_S = 2.0  # connected, but no frame for this long: waiting
+TELEMETRY_S = 1.0
+JOIN_S = 6.0  # a live source may sit in a read for its timeout
+
+
+class Server:
+    """Serves a model on a source; `start`, then `wait` until it is over, then `stop`."""
+
+    def __init__(
+        self, model: Model, source: Source, *, bind: str, hints_bind: str, answer_slice_ms: float = ANSWER_SLICE_MS
+    ) -> None:
+        """Bind both endpoints; raises SonoEdgeError naming the one that is taken or not allowed."""
+        self.done = threading.Event()  # the source ended and everything about it was said, or something broke
+        self.failure: Exception | None = None
+        self._model = model
+        self._source = source
+        self._slot = LatestFrameSlot()
+        self._questions = QuestionQueue(QUESTIONS_AT_ONCE)
+        self._worker = Worker(
+            model,
+            self._slot,
+            self._questions,
+            on_hints=lambda frame, results: self._wire.call(lambda: self._publish(frame, results)),
+            on_reply=lambda question, reply: self._wire.call(lambda: self._reply(question, reply)),
+            on_failure=lambda error: self._wire.call(lambda: self._failed(error)),
+            answer_slice_ms=answer_slice_ms,
+        )
+        self._wire = Wire(
+            bind,
+            hints_bind,
+            on_request=self._request,
+            on_gone=lambda envelope: self._questions.cancel(envelope.client),
+            on_idle=self._tick,
+        )
+        self.requests_endpoint = self._wire.requests_endpoint
+        self.hints_endpoint = self._wire.hints_endpoint
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._guard, args=(self._capture,), name="capture", daemon=True),
+            threading.Thread(target=self._guard, args=(lambda: self._worker.run(self._stop),), name="worker"),
+        ]
+        # Written and read by the I/O thread only.
+        self._latency = LatencyWindow()
+        self._hinted = self._failures = self._hints = self._answered = 0
+        self._detail: str | None = None
+        self._said: State | None = None
+        self._telemetry_due_ns = 0
+
+    def start(self) -> None:
+        """Begin to capture, hint and answer."""
+        self._wire.start()
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the source has ended or something broke; raises what broke; False after `timeout_s`."""
+        over = self.done.wait(timeout_s)
+        if self.failure is not None:
+            raise self.failure
+        return over
+
+    def stop(self) -> None:
+        """Stop every thread, tell waiting clients, and close the sockets."""
+        self._stop.set()
+        self._source.close()
+        self._slot.wake()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(JOIN_S if thread.daemon else None)
+        self._wire.stop()
+
+    def telemetry(self) -> Telemetry:
+        """Return the counters; exact on the I/O thread and after `stop`."""
+        p50, p95, p99 = self._latency.percentiles()
+        return Telemetry(
+            frames=self._slot.received,
+            dropped=self._slot.dropped,
+            hinted=self._hinted,
+            failed=self._failures,
+            hints=self._hints,
+            questions=self._answered,
+            p50_ms=p50,
+            p95_ms=p95,
+            p99_ms=p99,
+        )
+
+    def state(self) -> State:
+        """Return what the source is doing now."""
+        state: SourceState = self._source.state
+        newest = self._slot.newest
+        silent_s = (time.monotonic_ns() - newest.captured_ns) / 1e9 if newest else 0.0
+        if state == "live" and silent_s > max(STALL_S, 5 / self._source.fps):
+            state = "waiting"
+        return State(state, self._source.name, self._detail)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Run a thread's work; what it raises ends the server and reaches `wait`."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 (handed to `wait`, which raises it)
+            self.failure = error
+            self.done.set()
+
+    def _capture(self) -> None:
+        for frame in self._source:
+            self._slot.put(frame)
+
+    # The rest runs on the I/O thread.
+
+    def _request(self, envelope: Envelope, request: Request) -> None:
+        match request:
+            case Ask():
+                if (refusal := self._queue(envelope, request)) is not None:
+                    self._wire.reply(envelope, refusal)
+            case Cancel():
+                if not self._questions.cancel(envelope.client, request.id):
+                    message = f"there is no question {request.id!r} to cancel: it has been answered or was never asked"
+                    self._wire.reply(envelope, Error(message, request.id))
+            case StatusRequest():
+                status = Status(
+                    id=request.id,
+                    model=self._model.id,
+                    intended_use=self._model.intended_use,
+                    source=self.state(),
+                    telemetry=self.telemetry(),
+                    queued=len(self._questions),
+                )
+                self._wire.reply(envelope, status)
+
+    def _queue(self, envelope: Envelope, ask: Ask) -> Error | None:
+        frame = self._slot.newest
+        if frame is None:
+            return Error(
+                f"no frame yet: the source {self._source.name} is {self.state().state}; ask again soon", ask.id
+            )
+        if not ask.question.strip():
+            return Error("the question is empty: ask something about the picture", ask.id)
+        refusal = self._questions.put(Question(envelope, ask, frame, time.monotonic_ns(), threading.Event()))
+        if refusal is not None:
+            return Error(refusal, ask.id, self._questions.retry_ms)
+        self._slot.wake()
+        return None
+
+    def _reply(self, question: Question, reply: Reply) -> None:
+        self._answered += isinstance(reply, Answer)
+        self._wire.reply(question.envelope, reply)
+
+    def _publish(self, frame: Frame, results: list[HintResult]) -> None:
+        for result in results:
+            hint = Hint(
+                hint=result.hint,
+                answer=result.answer,
+                text=result.text,
+                probability=result.probability,
+                abstain=result.abstain,
+                reason=result.reason,
+                frame=frame.sequence,
+                age_ms=(time.monotonic_ns() - frame.captured_ns) / 1e6,
+                model=self._model.id,
+                intended_use=self._model.intended_use,
+                captured_ns=frame.captured_ns,
+                source=frame.source,
+                candidates=result.candidates,
+            )
+            self._wire.publish(hint)
+        self._latency.record((time.monotonic_ns() - frame.captured_ns) / 1e6)
+        self._hinted += 1
+        self._hints += len(results)
+
+    def _failed(self, error: SonoEdgeError) -> None:
+        self._failures += 1
+        self._detail = str(error)
+
+    def _tick(self) -> None:
+        state, now = self.state(), time.monotonic_ns()
+        due = now >= self._telemetry_due_ns
+        if due or state != self._said:
+            self._wire.publish(state)
+            self._said = state
+        if due:
+            self._wire.publish(self.telemetry())
+            self._telemetry_due_ns = now + int(TELEMETRY_S * 1e9)
+        said_everything = self._hinted + self._failures + self._slot.dropped == self._slot.received
+        if state.state == "ended" and said_everything and not len(self._questions):
+            self.done.set()

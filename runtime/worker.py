@@ -1,0 +1,140 @@
+"""The worker thread: it alone uses the session, for hints about the newest frame and for answers between frames."""
+
+import re
+import threading
+import time
+from collections.abc import Callable
+
+from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.frame import Frame
+from sonoedge.runtime.generate import Generation
+from sonoedge.runtime.hint_engine import HintResult
+from sonoedge.runtime.look import Look, Prompter, look_at
+from sonoedge.runtime.model import Model
+from sonoedge.runtime.protocol import Answer, Error, Reply, Token
+from sonoedge.runtime.questions import Question, QuestionQueue
+from sonoedge.runtime.slot import LatestFrameSlot
+
+ANSWER_SLICE_MS = (
+    250.0  # an answer keeps the session this long before a waiting frame gets it; then its cache is refilled
+)
+POLL_S = 0.1
+
+
+class Worker:
+    """Takes frames from the slot and questions from the queue; its callbacks run on its own thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        slot: LatestFrameSlot,
+        questions: QuestionQueue,
+        *,
+        on_hints: Callable[[Frame, list[HintResult]], None],
+        on_reply: Callable[[Question, Reply], None],
+        on_failure: Callable[[SonoEdgeError], None],
+        answer_slice_ms: float = ANSWER_SLICE_MS,
+    ) -> None:
+        self._model = model
+        self._slot = slot
+        self._questions = questions
+        self._on_hints, self._on_reply, self._on_failure = on_hints, on_reply, on_failure
+        self._slice_ms = answer_slice_ms
+        self._prompter = Prompter(model.session, model.tokenizer)
+        self._look: Look | None = None  # of the newest frame that has its hints
+        self._current: tuple[Question, Generation, int] | None = None  # the answer in the making, and its start in ns
+
+    @property
+    def idle(self) -> bool:
+        """Whether no answer is in the making."""
+        return self._current is None
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop`; questions that are left then get an error reply."""
+        while not stop.is_set():
+            frame = self._slot.get(0 if self._current or len(self._questions) else POLL_S)
+            if frame is not None:
+                self._hint(frame)
+            self._answer(stop)
+        while (question := self._current[0] if self._current else self._questions.take()) is not None:
+            self._current = None
+            self._finish(question, Error("the server is stopping: ask again when it is back", question.ask.id))
+
+    def _hint(self, frame: Frame) -> None:
+        if self._current:
+            self._current[1].suspend()
+        try:
+            self._look = look_at(self._model.session, frame)
+            results = self._model.engine.judge(self._look)
+        except SonoEdgeError as error:  # of this frame; the next may be fine
+            self._on_failure(error)
+        else:
+            self._on_hints(frame, results)
+
+    def _answer(self, stop: threading.Event) -> None:
+        """Go on with the current answer, or begin the next, until it ends or a frame waits and the slice is over."""
+        if self._current is None and not self._begin():
+            return
+        assert self._current is not None
+        question, generation, began_ns = self._current
+        slice_began_ns = time.monotonic_ns()
+        while generation.finish is None and not stop.is_set():
+            try:
+                piece = generation.step()
+            except SonoEdgeError as error:
+                self._finish(question, Error(str(error), question.ask.id))
+                return
+            if piece and question.streams:
+                self._on_reply(question, Token(question.ask.id, piece))
+            if (time.monotonic_ns() - slice_began_ns) / 1e6 >= self._slice_ms and self._slot.full:
+                return
+        if generation.finish is None:
+            return
+        answer = Answer(
+            id=question.ask.id,
+            answer=self._model.tokenizer.decode(generation.ids),
+            frame=question.frame.sequence,
+            age_ms=(time.monotonic_ns() - question.frame.captured_ns) / 1e6,
+            model=self._model.id,
+            intended_use=self._model.intended_use,
+            tokens=len(generation.ids),
+            ms=question.elapsed_ms(),
+            finish=generation.finish,
+        )
+        self._finish(question, answer, (time.monotonic_ns() - began_ns) / 1e6)
+
+    def _begin(self) -> bool:
+        """Take the next question and look at its frame; False when none waits or it is refused."""
+        question = self._questions.take()
+        if question is None:
+            return False
+        began_ns = time.monotonic_ns()
+        try:
+            look = self._look
+            if look is None or look.frame is not question.frame:
+                look = look_at(self._model.session, question.frame)
+            language = question.ask.language or guess_language(question.ask.question)
+            prompt = self._prompter.question([look], question.ask.question, language)
+        except SonoEdgeError as error:
+            self._finish(question, Error(str(error), question.ask.id))
+            return False
+        generation = Generation(
+            self._model.session,
+            self._model.tokenizer,
+            prompt,
+            max_tokens=question.ask.max_tokens,
+            deadline_ns=question.deadline_ns,
+            cancel=question.cancel,
+        )
+        self._current = (question, generation, began_ns)
+        return True
+
+    def _finish(self, question: Question, reply: Reply, took_ms: float | None = None) -> None:
+        self._current = None
+        self._questions.finish(question, took_ms)
+        self._on_reply(question, reply)
+
+
+def guess_language(question: str) -> str:
+    """Return "zh" for a question with Chinese characters, else "en"."""
+    return "zh" if re.search(r"[\u3400-\u9fff\uf900-\ufaff]", question) else "en"
