@@ -34,7 +34,7 @@ class Canvas:
         self.attenuation: Floats = np.zeros((size, size), np.float32)
         self.organ: npt.NDArray[np.uint8] = np.zeros((size, size), np.uint8)
         self.bed_db = 0.0  # echo level of the tissue that surrounds a lesion
-        self.hug = False  # lesions grow from the organ's wall rather than in its middle
+        self.cavities = False  # the organ holds blood: lesions grow from its wall and are brighter than blood
         self.bed_px = 7.0  # width of the bed at 224
         self.largest_lesion = 40.0  # radius in pixels at 224
         self.pulse: tuple[float, float, float] | None = None  # x, y, radius of what contracts in a clip

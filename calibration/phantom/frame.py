@@ -83,7 +83,7 @@ def scene(
         plane = scatter(canvas, rng)
         grey = insonify(plane, probe, settings, rng)
         if placed is None or visible(grey, probe.field, placed):
-            depth_mm = DEPTH_MM[region] * rng.uniform(0.85, 1.15)
+            depth_mm = DEPTH_MM[region] * rng.uniform(0.92, 1.08)
             return Scene(canvas, plane, probe, settings, placed, region, quality, depth_mm / probe.depth_px, seed, rng, grey)
     raise SonoEdgeError(
         f"phantom seed {seed} found no visible {kind} in {region} ({quality}) in {_ATTEMPTS} attempts; choose another seed"

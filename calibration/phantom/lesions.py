@@ -8,7 +8,7 @@ import numpy.typing as npt
 from sonoedge.calibration.phantom import noise
 from sonoedge.calibration.phantom.canvas import Canvas, Points, fixed, polygon_mask
 
-MIN_RADIUS = 14.6  # pixels at 224: a smaller lesion is lost at the model's input size
+MIN_RADIUS = 14.2  # pixels at 224: a smaller lesion is lost at the model's input size
 MAX_RADIUS = 40.0
 SIDE_MARGIN = 0.085  # of the size, between a lesion's centre and the middle of the image
 
@@ -51,8 +51,8 @@ def outline(kind: str, rng: np.random.Generator) -> Points:
 
 
 def radius(kind: str, rng: np.random.Generator) -> float:
-    """A radius in pixels at 224: two in five are small, the rest reach to the largest of the kind."""
-    if rng.random() < 0.4:
+    """A radius in pixels at 224: almost half are small, the rest reach to the largest of the kind."""
+    if rng.random() < 0.46:
         return float(rng.uniform(MIN_RADIUS, 17.8))
     largest = 28.0 if kind == "calcification" else MAX_RADIUS
     return float(18.0 + (largest - 18.0) * rng.random() ** 1.4)
@@ -89,7 +89,7 @@ def place(canvas: Canvas, kind: str, rng: np.random.Generator, margin: float) ->
     if both:
         candidates = candidates[left == (rng.random() < 0.5)]
     picks = candidates[rng.integers(len(candidates), size=8)]
-    pick = picks[np.argmin(room.ravel()[picks])] if canvas.hug else picks[0]
+    pick = picks[np.argmin(room.ravel()[picks])] if canvas.cavities else picks[0]
     row, column = divmod(int(pick), width)
     x, y = (column + 0.5) * size / width - 0.5, (row + 0.5) * size / height - 0.5
     points = shape * r + (x, y)
@@ -116,7 +116,8 @@ def draw(canvas: Canvas, lesion: Placed, rng: np.random.Generator) -> None:
         canvas.fill(lesion.outline, canvas.bed_db - rng.uniform(11.0, 15.0))
         canvas.reflect(lesion.outline, rng.uniform(1.6, 2.4), closed=True)
     elif lesion.kind == "irregular_solid":
-        canvas.fill(lesion.outline, canvas.bed_db - rng.uniform(13.0, 18.0), rng.uniform(16.0, 24.0) / height)
+        drop = rng.uniform(8.0, 11.0) if canvas.cavities else rng.uniform(13.0, 18.0)
+        canvas.fill(lesion.outline, canvas.bed_db - drop, rng.uniform(16.0, 24.0) / height)
         lumps = noise.smooth(rng, canvas.size, canvas.size, 18) * np.float32(3.5)
         canvas.echo_db += lumps * inside
     else:

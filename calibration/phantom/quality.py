@@ -24,7 +24,7 @@ class Acquisition(msgspec.Struct, frozen=True):
 def acquisition(quality: str, rng: np.random.Generator) -> Acquisition:
     """Draw the settings of a frame whose quality is "good" or "poor"."""
     good = Acquisition(
-        gain_db=rng.uniform(-3.0, 5.0),
+        gain_db=rng.uniform(-2.0, 5.0),
         range_db=rng.uniform(48.0, 60.0),
         noise_db=rng.uniform(-42.0, -36.0),
         noise_rise_db=rng.uniform(3.0, 9.0),
@@ -45,11 +45,14 @@ def acquisition(quality: str, rng: np.random.Generator) -> Acquisition:
 
 
 def _low_gain(a: Acquisition, rng: np.random.Generator) -> Acquisition:
-    return msgspec.structs.replace(a, gain_db=rng.uniform(-17.0, -13.0))
+    return msgspec.structs.replace(a, gain_db=rng.uniform(-15.5, -12.0))
 
 
 def _noisy(a: Acquisition, rng: np.random.Generator) -> Acquisition:
-    return msgspec.structs.replace(a, noise_db=rng.uniform(-15.0, -11.0), noise_rise_db=rng.uniform(3.0, 6.0))
+    # a deep or shielded target with the gain turned up: the dark parts fill with noise
+    return msgspec.structs.replace(
+        a, gain_db=rng.uniform(2.0, 7.0), noise_db=rng.uniform(-10.0, -7.0), noise_rise_db=rng.uniform(2.0, 4.0)
+    )
 
 
 def _attenuated(a: Acquisition, rng: np.random.Generator) -> Acquisition:

@@ -6,8 +6,8 @@ import numpy.typing as npt
 
 from sonoedge.calibration.phantom.lesions import Placed
 
-MIN_STEP = 17.0  # grey levels between a lesion and the tissue around it
-MIN_STEP_EACH = 11.0  # and the tissue on its left, on its right and above it alone
+MIN_STEP = 19.0  # grey levels between a lesion and the tissue around it
+MIN_STEP_EACH = 12.0  # and the tissue on its left, on its right and above it alone
 MIN_CONTRAST_TO_NOISE = 0.8
 MIN_BEHIND = 9.0  # grey levels between what lies behind a lesion and what lies beside that
 _FEW = 12  # pixels that a mean needs

@@ -20,7 +20,7 @@ DRAWERS: dict[str, Callable[[Canvas], None]] = {
     "musculoskeletal": musculoskeletal,
 }
 
-DEPTH_MM = {  # a usual imaging depth; a frame varies it by a sixth
+DEPTH_MM = {  # a usual imaging depth; a frame varies it by a twelfth
     "breast": 45.0,
     "gynaecology": 110.0,
     "heart": 150.0,

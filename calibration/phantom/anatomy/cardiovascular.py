@@ -14,7 +14,7 @@ def heart(canvas: Canvas) -> None:
     canvas.echo_db[:] = -11.0
     canvas.texture(2.5, 9)
     canvas.bed_db = 2.0
-    canvas.hug, canvas.largest_lesion, canvas.bed_px = True, 24.0, 11.0
+    canvas.cavities, canvas.largest_lesion, canvas.bed_px = True, 24.0, 11.0
     skin(canvas, 0.04)
     if rng.random() < 0.6:
         _apical(canvas)
@@ -96,7 +96,7 @@ def vessel(canvas: Canvas) -> None:
     skin(canvas, rng.uniform(0.03, 0.05))
     muscle(canvas, canvas.curve(rng.uniform(0.08, 0.1)), canvas.curve(rng.uniform(0.16, 0.2), wave=0.006), -8.0, 3)
     canvas.bed_db = 0.0
-    canvas.hug, canvas.largest_lesion, canvas.bed_px = True, 25.0, 8.0
+    canvas.cavities, canvas.largest_lesion, canvas.bed_px = True, 25.0, 8.0
     if rng.random() < 0.6:
         _along(canvas)
     else:
