@@ -28,17 +28,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     scores = torch.matmul(stacked, k.transpose(-1, -2))  # [B, kv_heads, group * S, T]
     if bias is not None:
         scores = scores.view(batch, kv_heads, group, rows, columns) + bias.unsqueeze(2)
-    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
     mixed = torch.matmul(weights.view(batch, kv_heads, group * rows, columns), v)
     return mixed.view(batch, heads, rows, width)
 
 
 def visible_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive bias of a mask: 0 where `visible` (bool, any shape), the lowest finite number elsewhere.
+    """Additive bias of a mask: 0 where `visible` (bool, any shape), half the lowest finite number elsewhere.
 
-    Finite, so that a padding row that sees nothing gives numbers instead of NaN.
+    Finite, also with a score added, so that a padding row that sees nothing gives numbers instead of NaN.
     """
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min / 2)
 
 
 def causal_visible(rows: int, columns: int, device: torch.device) -> Tensor:

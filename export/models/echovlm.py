@@ -77,7 +77,12 @@ class EchoVLM(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Image tokens of all images, patches [n, patch_values] to [n / merge², hidden]; a frame attends to itself."""
+        """Image tokens of all images, patches [n, patch_values] to [n / merge², hidden]; each frame alone."""
+        merge = self.config.vision.spatial_merge_size
+        if any(rows % merge or columns % merge for _, rows, columns in grids):
+            raise SonoEdgeError(
+                f"grids {list(grids)} do not split into blocks of {merge} x {merge} patches; resize so that they do."
+            )
         frames = [rows * columns for count, rows, columns in grids for _ in range(count)]
         if sum(frames) != patches.shape[0]:
             raise SonoEdgeError(
@@ -88,7 +93,7 @@ class EchoVLM(nn.Module):
         return encoded
 
     def embed(self, input_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
-        """Embeddings [B, S, hidden] of input_ids [B, S], image_embeds [m, hidden] standing where the image tokens are."""
+        """Embeddings [B, S, hidden] of input_ids [B, S], image_embeds [m, hidden] in place of image tokens."""
         embedded: Tensor = self.model.embed_tokens(input_ids)
         if image_embeds is None:
             return embedded
