@@ -1,0 +1,225 @@
+"""The command line: one verb, one module, imported when the verb is called."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import typer
+
+from sonoedge import __version__
+from sonoedge.refusals import sentence
+
+REFUSED = 2
+INTERRUPTED = 130
+
+app = typer.Typer(name="sonoedge", add_completion=False)
+
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint in the released format.", show_default=False)]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `build` made.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
+TimeoutS = Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds of silence.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 2 for a refusal told in one sentence, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("sonoedge", list(argv)) as context:
+            result = command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        print(f"sonoedge: error: {message}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            # Python flushes standard output once more at exit, which must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif "--json" in argv:
+            print(msgspec.json.encode({"error": message}).decode(), flush=True)
+        return REFUSED
+    return result if isinstance(result, int) else 0
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sonoedge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def sonoedge(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say it.")] = False,
+) -> None:
+    """Turn an EchoVLM checkpoint into a live ultrasound assistant that runs on the scanner."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the bundle, the contact sheet and the summary.")] = Path(
+        "demo_out"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Show the whole pipeline on the packaged checkpoint and a real clip."""
+    from sonoedge.export import demo
+
+    demo.run(out, as_json=as_json)
+
+
+@app.command()
+def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """Say what a checkpoint is: architecture, parameters, experts, which profiles it fits."""
+    from sonoedge.export import inspect
+
+    inspect.run(checkpoint, as_json=as_json)
+
+
+@app.command()
+def parity(
+    checkpoint: Checkpoint,
+    vectors: Annotated[Path, typer.Argument(help="Folder of recorded inputs and outputs.", show_default=False)],
+    as_json: AsJson = False,
+) -> int:
+    """Check that our model reproduces recorded reference outputs."""
+    from sonoedge.export import parity
+
+    return parity.run(checkpoint, vectors, as_json=as_json)
+
+
+@app.command()
+def distill(
+    checkpoint: Checkpoint,
+    recipe: Annotated[str, typer.Option(help="Recipe: a TOML file, or the name of a packaged one.")],
+    data: Annotated[str, typer.Option(help="EchoVLM conversations (JSON), or `phantoms`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the student checkpoint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Train a smaller student to answer as the checkpoint does."""
+    from sonoedge.export import distill
+
+    distill.run(checkpoint, recipe, data, out, as_json=as_json)
+
+
+@app.command()
+def build(
+    checkpoint: Checkpoint,
+    profile: Annotated[str, typer.Option(help="Device profile: an id from `profiles`, or a TOML file.")],
+    calibration: Annotated[str, typer.Option(help="EchoVLM conversations (JSON), or `phantoms`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe: a TOML file or a packaged name; else the profile's own.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a checkpoint to INT8 for a device and write the bundle that the device serves."""
+    from sonoedge.export import build
+
+    build.run(checkpoint, profile, recipe, calibration, out, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Checkpoint or bundle.", metavar="CHECKPOINT|BUNDLE")],
+    data: Annotated[str, typer.Option(help="EchoVLM conversations (JSON), or `phantoms`.")] = "phantoms",
+    frames: Annotated[int, typer.Option(min=1, help="Fresh phantoms to make, or at most this many cases.")] = 500,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a checkpoint or a bundle answers."""
+    from sonoedge.export import evaluate
+
+    evaluate.run(model, data, frames, as_json=as_json)
+
+
+@app.command()
+def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Check a bundle: every hash, then the recorded outputs."""
+    from sonoedge import verify
+
+    verify.run(bundle, as_json=as_json)
+
+
+@app.command()
+def profiles(as_json: AsJson = False) -> None:
+    """List the devices that a bundle can be built for."""
+    from sonoedge.device_profiles import listing
+
+    listing.run(as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can do, and what it lacks."""
+    from sonoedge.runtime import doctor
+
+    doctor.run(as_json=as_json)
+
+
+@app.command()
+def serve(
+    bundle: BundlePath,
+    source: Annotated[str, typer.Option(help="Video, image folder, DICOM clip, camera (0, /dev/video0) or rtsp://…")],
+    bind: Annotated[str, typer.Option(help="Endpoint for questions.")] = "tcp://127.0.0.1:5555",
+    hints_bind: Annotated[str, typer.Option(help="Endpoint that hints are published on.")] = "tcp://127.0.0.1:5556",
+    once: Annotated[bool, typer.Option("--once", help="End when the file or folder ends, instead of looping.")] = False,
+    fps: Annotated[
+        float | None, typer.Option(min=0.1, help="Frames a second; else the source's own.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a feed, publish hints about it and answer questions."""
+    from sonoedge.runtime import serve
+
+    serve.run(bundle, source, bind, hints_bind, once, fps, as_json=as_json)
+
+
+@app.command()
+def ask(
+    endpoint: Annotated[str, typer.Argument(help="Where `serve` answers, such as tcp://127.0.0.1:5555.")],
+    question: Annotated[str, typer.Argument(help="In English or Chinese.", show_default=False)],
+    language: Annotated[
+        Literal["en", "zh"] | None, typer.Option(help="Of the answer; else that of the question.", show_default=False)
+    ] = None,
+    timeout_s: TimeoutS = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a question about what the scanner sees now."""
+    from sonoedge.runtime import ask
+
+    ask.run(endpoint, question, language, timeout_s, as_json=as_json)
+
+
+@app.command()
+def watch(
+    endpoint: Annotated[str, typer.Argument(help="Where `serve` publishes hints.", metavar="HINTS_ENDPOINT")],
+    count: Annotated[int | None, typer.Option(min=1, help="End after this many.", show_default=False)] = None,
+    timeout_s: TimeoutS = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Print hints as they are published; with --json, one line each."""
+    from sonoedge.runtime import watch
+
+    watch.run(endpoint, count, timeout_s, as_json=as_json)
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    source: Annotated[
+        str | None, typer.Option(help="As for `serve`; else frames made in memory.", show_default=False)
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 20.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency by stage and throughput on this machine."""
+    from sonoedge.runtime import bench
+
+    bench.run(bundle, source, seconds, as_json=as_json)
