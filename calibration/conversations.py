@@ -1,4 +1,4 @@
-"""EchoVLM's conversation files: reading them with errors that name the entry, and writing phantoms in the same format."""
+"""EchoVLM's conversation files: reading them with errors that name the entry, and writing phantoms the same way."""
 
 import os
 import shutil
@@ -50,15 +50,17 @@ class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
 def read_conversations(path: Path | str) -> tuple[Conversation, ...]:
     """Read a conversation file; image paths come back resolved against its folder.
 
-    Raises SonoEdgeError for a file that is not such a list (naming the entry and the key), for turns out of order, for image marks
-    that do not match the images, and for image files that do not exist (listing them).
+    Raises SonoEdgeError for a file that is not such a list (naming the entry and the key), for turns out of order,
+    for image marks that do not match the images, and for image files that do not exist (listing them).
     Source: the data format of the EchoVLM repository.
     """
     source = Path(path)
     try:
         entries = msgspec.json.decode(source.read_bytes(), type=tuple[Conversation, ...])
     except OSError as error:
-        raise SonoEdgeError(f"conversations {source} cannot be read ({error.strerror}); give the path of a JSON file") from error
+        raise SonoEdgeError(
+            f"conversations {source} cannot be read ({error.strerror}); give the path of a JSON file"
+        ) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SonoEdgeError(f"conversations {source} are malformed: {error}; correct that entry") from error
     if not entries:
@@ -73,15 +75,19 @@ def read_conversations(path: Path | str) -> tuple[Conversation, ...]:
     if missing:
         names = list(dict.fromkeys(missing))
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        raise SonoEdgeError(f"conversations {source} name images that do not exist: {', '.join(names[:10])}{more}; add or remove them")
+        raise SonoEdgeError(
+            f"conversations {source} name images that do not exist: {', '.join(names[:10])}{more}; add or remove them"
+        )
     return tuple(resolved)
 
 
-def write_phantom_conversations(folder: Path | str, seeds: Iterable[int], languages: Sequence[str], *, size: int = 224) -> Path:
-    """Write phantoms as PNG frames and one conversation file into a new folder, complete or not at all; returns the file's path.
+def write_phantom_conversations(
+    folder: Path | str, seeds: Iterable[int], languages: Sequence[str], *, size: int = 224
+) -> Path:
+    """Write phantoms as PNG frames and one conversation file into a new folder, complete or not at all.
 
-    One case for each seed and language: the closed questions, a single choice and a report. `size` in pixels. Raises SonoEdgeError
-    when the folder already exists or cannot be written, and as `phantom` does.
+    One case for each seed and language: the closed questions, a single choice and a report; returns the file's path.
+    `size` in pixels. Raises SonoEdgeError when the folder already exists or cannot be written, and as `phantom` does.
     """
     target = Path(folder)
     if target.exists():
@@ -102,7 +108,9 @@ def write_phantom_conversations(folder: Path | str, seeds: Iterable[int], langua
         (partial / FILE_NAME).write_bytes(encoded)
         partial.rename(target)
     except OSError as error:
-        raise SonoEdgeError(f"phantom folder {target} cannot be written ({error.strerror}); choose a writable place") from error
+        raise SonoEdgeError(
+            f"phantom folder {target} cannot be written ({error.strerror}); choose a writable place"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target / FILE_NAME
@@ -118,7 +126,9 @@ def _conversation(made: Phantom, image: str, language: str) -> Conversation:
     for index, (question, answer) in enumerate(pairs):
         mark = IMAGE_MARK if index == 0 else ""
         turns += [Turn(role="human", value=mark + question), Turn(role="gpt", value=answer)]
-    return Conversation(id=f"phantom-{truth.seed}-{language}", image=(image,), conversations=tuple(turns), phantom=truth)
+    return Conversation(
+        id=f"phantom-{truth.seed}-{language}", image=(image,), conversations=tuple(turns), phantom=truth
+    )
 
 
 def _check(entry: Conversation, where: str) -> None:
@@ -132,6 +142,6 @@ def _check(entry: Conversation, where: str) -> None:
     marks = sum(turn.value.count(IMAGE_MARK) for turn in entry.conversations if turn.role == "human")
     if marks != len(entry.image):
         raise SonoEdgeError(
-            f"conversations {where}: key 'image' lists {len(entry.image)} images but the turns hold {marks} {IMAGE_MARK} marks; "
-            "write one mark for each image"
+            f"conversations {where}: key 'image' lists {len(entry.image)} images but the turns hold {marks} "
+            f"{IMAGE_MARK} marks; write one mark for each image"
         )

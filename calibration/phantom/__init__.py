@@ -1,4 +1,4 @@
-"""Seeded synthetic B-mode ultrasound with exact truth: frames and short clips of seven regions (and two untrained ones)."""
+"""Seeded synthetic B-mode ultrasound with exact truth: frames and clips of seven regions and two untrained ones."""
 
 from sonoedge.calibration.phantom.clip import phantom_clip
 from sonoedge.calibration.phantom.frame import phantom

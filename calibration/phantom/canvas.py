@@ -1,6 +1,7 @@
-"""The tissue plane that anatomy and lesions are drawn on: echo level, mirror-like reflectors, attenuation and the organ."""
+"""The tissue plane that anatomy and lesions are drawn on: echo level, reflectors, attenuation and the organ."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ SPECULAR_FULL = 9.0  # amplitude of a reflector drawn at 255
 
 
 class Canvas:
-    """Echo level in dB around mid-grey tissue, reflector strength, excess attenuation in dB a pixel, and the organ mask."""
+    """Echo level in dB around mid-grey tissue, reflectors, excess attenuation in dB a pixel, and the organ mask."""
 
     def __init__(self, geometry: Geometry, rng: np.random.Generator, background_db: float) -> None:
         size = geometry.size
@@ -55,7 +56,7 @@ class Canvas:
         v = height + sag * u**2 + tilt * u
         v = v + wave * (np.sin(2.6 * u + phase[0]) + 0.5 * np.sin(6.1 * u + phase[1]))
         x0, y0, x1, y1 = self.geometry.box
-        return np.array([x0 + (u + 1) / 2 * (x1 - x0), y0 + v * (y1 - y0)]).T
+        return np.stack([x0 + (u + 1) / 2 * (x1 - x0), y0 + v * (y1 - y0)], axis=1)
 
     def blob(self, x: float, y: float, rx: float, ry: float, angle: float = 0.0, rough: float = 0.05) -> Points:
         """A closed outline around (x, y): an ellipse with slow bumps of relative height `rough`. [44, 2]"""
@@ -64,7 +65,7 @@ class Canvas:
         r = 1 + rough * (np.sin(2 * t + phase[0]) + 0.7 * np.sin(3 * t + phase[1]) + 0.4 * np.sin(5 * t + phase[2]))
         px, py = rx * r * _COS, ry * r * _SIN
         c, s = np.cos(angle), np.sin(angle)
-        return np.array([x + c * px - s * py, y + s * px + c * py]).T
+        return np.stack([x + c * px - s * py, y + s * px + c * py], axis=1)
 
     def fill(self, outline: Points, echo_db: float, attenuation: float = 0.0) -> None:
         """Set the tissue inside an outline."""
@@ -75,6 +76,10 @@ class Canvas:
     def mark(self, outline: Points) -> None:
         """Add what is inside an outline to the organ."""
         cv2.fillPoly(self.organ, [fixed(outline)], 1, shift=_SHIFT)
+
+    def unmark(self, outline: Points) -> None:
+        """Take what is inside an outline from the organ: something else covers it."""
+        cv2.fillPoly(self.organ, [fixed(outline)], 0, shift=_SHIFT)
 
     def band(self, upper: Points, lower: Points, echo_db: float, attenuation: float = 0.0) -> Points:
         """Set the tissue between two curves; returns the outline."""
@@ -97,7 +102,7 @@ class Canvas:
         width_px = max(1, round(self.px(width)))
         nodes = fixed(points)
         turns = [0, *(np.flatnonzero(level[1:] != level[:-1]) + 1).tolist(), len(level)]
-        for start, end in zip(turns, turns[1:], strict=False):
+        for start, end in pairwise(turns):
             value = min(255, int(255 * amplitude / SPECULAR_FULL * (0.22 + 0.78 * level[start] / _LEVELS)))
             cv2.polylines(self.specular, [nodes[start : end + 1]], False, value, width_px, cv2.LINE_AA, _SHIFT)
 
@@ -118,6 +123,11 @@ class Canvas:
 def fixed(points: Points) -> npt.NDArray[np.int32]:
     """Pixel coordinates as OpenCV's fixed-point numbers (pixel centres at whole numbers)."""
     return np.round(points * (1 << _SHIFT)).astype(np.int32)
+
+
+def lowered(points: Points, length_px: float) -> Points:
+    """The same points further from the probe (nearer where negative)."""
+    return np.asarray(points + np.array([0.0, length_px]))
 
 
 def polygon_mask(points: Points, size: int) -> npt.NDArray[np.uint8]:

@@ -30,11 +30,14 @@ def phantom_clip(
 ) -> Iterator[Phantom]:
     """Make the frames of one moving scene; each frame's truth is measured on its own masks.
 
-    `size` in pixels, `fps` in frames a second. Raises SonoEdgeError as `phantom` does, and for a frame rate that is not positive.
+    `size` in pixels, `fps` in frames a second. Raises SonoEdgeError as `phantom` does, and for a frame rate that is not
+    positive.
     """
     if not fps > 0:
         raise SonoEdgeError(f"phantom clip fps {fps} is not positive; use the frames a second of the clip, such as 30")
-    made = scene(seed, size=size, region=region, kind=kind, quality=quality, margin=lesions.SIDE_MARGIN + _MOTION_MARGIN)
+    made = scene(
+        seed, size=size, region=region, kind=kind, quality=quality, margin=lesions.SIDE_MARGIN + _MOTION_MARGIN
+    )
     return _frames(made, frames, fps)
 
 

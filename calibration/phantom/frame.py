@@ -41,10 +41,13 @@ class Scene(msgspec.Struct, frozen=True, eq=False):
     grey: npt.NDArray[np.uint8]  # [size, size] the still frame
 
 
-def phantom(seed: int, *, size: int = 224, region: str | None = None, kind: Kind = None, quality: str | None = None) -> Phantom:
-    """Make the frame number `seed`; what is not asked for is drawn: the region evenly, a lesion in three frames of five.
+def phantom(
+    seed: int, *, size: int = 224, region: str | None = None, kind: Kind = None, quality: str | None = None
+) -> Phantom:
+    """Make the frame number `seed`; what is not asked for is drawn: regions evenly, a lesion in three frames of five.
 
-    `size` in pixels; `kind` "none" asks for a frame without a lesion. The same arguments give the same bytes.
+    `size` in pixels; `kind` "none" asks for a frame without a lesion. On one machine the same arguments give
+    the same bytes.
     Raises SonoEdgeError on an unknown region, kind or quality, a negative seed, or a size under 96.
     """
     made = scene(seed, size=size, region=region, kind=kind, quality=quality)
@@ -84,9 +87,12 @@ def scene(
         grey = insonify(plane, probe, settings, rng)
         if placed is None or visible(grey, probe.field, placed):
             depth_mm = DEPTH_MM[region] * rng.uniform(0.92, 1.08)
-            return Scene(canvas, plane, probe, settings, placed, region, quality, depth_mm / probe.depth_px, seed, rng, grey)
+            return Scene(
+                canvas, plane, probe, settings, placed, region, quality, depth_mm / probe.depth_px, seed, rng, grey
+            )
     raise SonoEdgeError(
-        f"phantom seed {seed} found no visible {kind} in {region} ({quality}) in {_ATTEMPTS} attempts; choose another seed"
+        f"phantom seed {seed} shows no visible {kind} in {region} ({quality}) after {_ATTEMPTS} attempts; "
+        "choose another seed"
     )
 
 

@@ -37,7 +37,9 @@ class Geometry(msgspec.Struct, frozen=True, eq=False):
 
     def to_image(self, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Scan-convert [samples, beams] to [size, size], zero outside the field of view."""
-        image = cv2.remap(values, self.beam_x, self.beam_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0.0)
+        image = cv2.remap(
+            values, self.beam_x, self.beam_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0.0
+        )
         return np.asarray(image, dtype=np.uint8)
 
     def depth_at(self, x: float, y: float) -> float:

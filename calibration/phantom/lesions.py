@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sonoedge.calibration.phantom import noise
-from sonoedge.calibration.phantom.canvas import Canvas, Points, fixed, polygon_mask
+from sonoedge.calibration.phantom.canvas import Canvas, Points, fixed, lowered, polygon_mask
 
 MIN_RADIUS = 14.2  # pixels at 224: a smaller lesion is lost at the model's input size
 MAX_RADIUS = 40.0
@@ -36,7 +36,7 @@ def outline(kind: str, rng: np.random.Generator) -> Points:
         aspect, angle = rng.uniform(1.5, 1.9), rng.uniform(-0.2, 0.2)
         r = 1 + 0.02 * np.sin(3 * t + phase[0])
     elif kind == "irregular_solid":
-        aspect, angle = rng.uniform(0.68, 0.86), rng.uniform(-0.25, 0.25)
+        aspect, angle = rng.uniform(0.6, 0.74), rng.uniform(-0.2, 0.2)
         spikes = rng.integers(7, 11)
         r = 1 + 0.12 * np.sin(3 * t + phase[0]) + 0.07 * np.sin(5 * t + phase[1])
         r = r + 0.2 * np.maximum(0, np.sin(spikes * t + phase[2])) ** 2 * (0.7 + 0.3 * np.sin(2 * t + phase[3]))
@@ -47,13 +47,13 @@ def outline(kind: str, rng: np.random.Generator) -> Points:
     c, s = np.cos(angle), np.sin(angle)
     x, y = c * x - s * y, s * x + c * y
     area = 0.5 * abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))
-    return np.stack([x, y], axis=1) * np.sqrt(np.pi / area)
+    return np.asarray(np.stack([x, y], axis=1) * np.sqrt(np.pi / area))
 
 
 def radius(kind: str, rng: np.random.Generator) -> float:
     """A radius in pixels at 224: almost half are small, the rest reach to the largest of the kind."""
     if rng.random() < 0.46:
-        return float(rng.uniform(MIN_RADIUS, 17.8))
+        return float(rng.uniform(MIN_RADIUS, 17.5))
     largest = 28.0 if kind == "calcification" else MAX_RADIUS
     return float(18.0 + (largest - 18.0) * rng.random() ** 1.4)
 
@@ -102,7 +102,9 @@ def place(canvas: Canvas, kind: str, rng: np.random.Generator, margin: float) ->
 def draw(canvas: Canvas, lesion: Placed, rng: np.random.Generator) -> None:
     """Draw a placed lesion, in a bed of its organ's own tissue so that it stands out from cavities and vessels."""
     centre = np.array([lesion.x, lesion.y])
-    spread = centre + (lesion.outline - centre) * (1 + canvas.px(canvas.bed_px) / min(lesion.half_width, lesion.half_height))
+    spread = centre + (lesion.outline - centre) * (
+        1 + canvas.px(canvas.bed_px) / min(lesion.half_width, lesion.half_height)
+    )
     bed_mask = polygon_mask(spread, canvas.size) & canvas.organ
     np.copyto(canvas.echo_db, np.float32(canvas.bed_db), where=bed_mask.astype(bool))
     np.copyto(canvas.attenuation, np.float32(0), where=bed_mask.astype(bool))
@@ -125,8 +127,12 @@ def draw(canvas: Canvas, lesion: Placed, rng: np.random.Generator) -> None:
         rim = lesion.outline[lesion.outline[:, 1] <= lesion.y - 0.1 * lesion.half_height]
         rim = rim[np.argsort(rim[:, 0])]
         thick = rng.uniform(0.42, 0.6) * 2 * lesion.half_height
-        cap = np.concatenate([rim, (rim + (0, thick))[::-1]])
+        cap = np.concatenate([rim, lowered(rim, thick)[::-1]])
         bright = np.zeros_like(lesion.mask)
         cv2.fillPoly(bright, [fixed(cap)], 1, shift=4)
-        np.copyto(canvas.echo_db, np.float32(canvas.bed_db + rng.uniform(15.0, 19.0)), where=(bright & lesion.mask).astype(bool))
+        np.copyto(
+            canvas.echo_db,
+            np.float32(canvas.bed_db + rng.uniform(15.0, 19.0)),
+            where=(bright & lesion.mask).astype(bool),
+        )
         canvas.reflect(rim, 8.0, 2.0)

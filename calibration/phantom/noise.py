@@ -1,4 +1,4 @@
-"""Seeded pools of Gaussian noise, drawn once: a frame takes a random window, which is far cheaper than fresh normals."""
+"""Seeded pools of Gaussian noise, drawn once: a frame takes a random window, far cheaper than fresh normals."""
 
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ _SIDE = 1024
 def _scatterers() -> Floats:
     """Complex white noise of unit power: real and imaginary plane. [2, side, side]"""
     rng = np.random.Generator(np.random.SFC64(20_240_611))
-    return rng.standard_normal((2, _SIDE, _SIDE), dtype=np.float32) * np.float32(np.sqrt(0.5))
+    return np.asarray(rng.standard_normal((2, _SIDE, _SIDE), dtype=np.float32) * np.float32(np.sqrt(0.5)), np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""From a tissue plane to a B-mode frame: scatterers, point-spread function, attenuation along beams, log compression."""
+"""From a tissue plane to a B-mode frame: scatterers, point spread, attenuation along beams, log compression."""
 
 import cv2
 import numpy as np
@@ -28,12 +28,16 @@ def scatter(canvas: Canvas, rng: np.random.Generator) -> Floats:
 
 
 def insonify(
-    plane: Floats, geometry: Geometry, a: Acquisition, rng: np.random.Generator, maps: tuple[Floats, Floats] | None = None
+    plane: Floats,
+    geometry: Geometry,
+    a: Acquisition,
+    rng: np.random.Generator,
+    maps: tuple[Floats, Floats] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Form the frame that a probe sees of a scatterer plane.
 
-    `plane` [size, size, 3] as `scatter` makes it; `maps` [samples, beams] x and y replace the still tissue's places, for motion.
-    Returns grey [size, size], black outside the field of view.
+    `plane` [size, size, 3] as `scatter` makes it; `maps` [samples, beams] x and y replace the still tissue's places,
+    for motion. Returns grey [size, size], black outside the field of view.
     """
     scale = geometry.size / 224
     samples, beams = geometry.samples, geometry.beams
@@ -67,8 +71,8 @@ def insonify(
     power += cv2.exp(depth * np.float32(-160)) * 40
 
     grey = cv2.log(power) * np.float32(255 / _LN_DB / a.range_db) + np.float32(255 * (0.52 + a.gain_db / a.range_db))
-    image = geometry.to_image(np.clip(grey, 0, 255).astype(np.uint8))
-    image = cv2.LUT(image, (np.linspace(0, 1, 256) ** a.gamma * 255).astype(np.uint8))
+    curve = (np.linspace(0, 1, 256) ** a.gamma * 255).astype(np.uint8)
+    image = cv2.LUT(geometry.to_image(np.clip(grey, 0, 255).astype(np.uint8)), curve)
     if a.blur_px > 0.25:
         image = cv2.GaussianBlur(image, (0, 0), a.blur_px * scale) * geometry.field
     return np.asarray(image, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Is the lesion, and what makes its kind, really seen in the finished frame? A label that noise has hidden is a false label."""
+"""Is the lesion, and what makes its kind, seen in the finished frame? A label that noise has hidden is false."""
 
 import cv2
 import numpy as np
@@ -29,8 +29,8 @@ def _stands_out(image: Grey, field: Grey, lesion: Placed) -> bool:
     y0, y1 = max(0, int(lesion.y - lesion.half_height) - reach), int(lesion.y + lesion.half_height) + reach + 2
     x0, x1 = max(0, int(lesion.x - lesion.half_width) - reach), int(lesion.x + lesion.half_width) + reach + 2
     mask, grey = lesion.mask[y0:y1, x0:x1], image[y0:y1, x0:x1]
-    near = cv2.dilate(mask, _disc(round(1.5 * scale)))
-    ring = (cv2.dilate(mask, _disc(reach)) & ~near & field[y0:y1, x0:x1]).astype(bool)
+    near = cv2.dilate(mask, _disc(round(1.5 * scale))) > 0
+    ring = (cv2.dilate(mask, _disc(reach)) > 0) & ~near & (field[y0:y1, x0:x1] > 0)
     rows, columns = np.ogrid[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]
     u, v = (columns - lesion.x) / lesion.half_width, (rows - lesion.y) / lesion.half_height
     ring &= v < 0.6  # not what lies behind

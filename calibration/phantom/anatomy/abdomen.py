@@ -3,7 +3,7 @@
 import numpy as np
 
 from sonoedge.calibration.phantom.anatomy.layers import bezier, muscle, tube
-from sonoedge.calibration.phantom.canvas import Canvas
+from sonoedge.calibration.phantom.canvas import Canvas, lowered
 
 
 def liver(canvas: Canvas) -> None:
@@ -31,7 +31,7 @@ def liver(canvas: Canvas) -> None:
         du, dv = rng.uniform(-0.45, 0.45), rng.uniform(-0.12, 0.12)
         branch = bezier(canvas.at(u0, v0), canvas.at(u0 + du * 0.6, v0 + dv * 0.2), canvas.at(u0 + du, v0 + dv), n=14)
         tube(canvas, branch, -20.0, rng.uniform(4, 6.5), 4.0)
-    canvas.band(diaphragm, diaphragm + (0, 2.0 * canvas.size), -14.0)
+    canvas.band(diaphragm, lowered(diaphragm, 2.0 * canvas.size), -14.0)
     canvas.reflect(diaphragm, 8.0, 3.0)
     muscle(canvas, canvas.curve(-0.02), capsule, -5.0, 4, fascia=2.8)
 
@@ -64,7 +64,9 @@ def kidney(canvas: Canvas) -> None:
     canvas.fill(sinus, 10.0)
     canvas.texture(2.5, 30, [sinus])
     for _ in range(int(rng.integers(2, 5))):  # calyces and vessels part the sinus
-        a = canvas.blob(x + rng.uniform(-0.6, 0.6) * sx, y + rng.uniform(-0.3, 0.3) * sy, canvas.px(6), canvas.px(2.5), angle)
+        a = canvas.blob(
+            x + rng.uniform(-0.6, 0.6) * sx, y + rng.uniform(-0.3, 0.3) * sy, canvas.px(6), canvas.px(2.5), angle
+        )
         canvas.fill(a, -10.0)
 
 
@@ -80,7 +82,9 @@ def gynaecology(canvas: Canvas) -> None:
     rx, ry = canvas.px(rng.uniform(74, 84)), canvas.px(rng.uniform(44, 52))
     angle = flip * rng.uniform(0.05, 0.25)
     uterus = canvas.blob(ux, uy, rx, ry, angle, 0.03)
-    bladder = canvas.blob(bx, by, canvas.px(rng.uniform(58, 76)), canvas.px(rng.uniform(15, 20)), rng.uniform(-0.1, 0.1), 0.05)
+    bladder = canvas.blob(
+        bx, by, canvas.px(rng.uniform(58, 76)), canvas.px(rng.uniform(15, 20)), rng.uniform(-0.1, 0.1), 0.05
+    )
     canvas.fill(bladder, -42.0, -0.06 / canvas.scale)
     canvas.reflect(bladder, 2.4, 1.5, closed=True)
     canvas.fill(uterus, -3.5)
@@ -91,10 +95,14 @@ def gynaecology(canvas: Canvas) -> None:
     c, s = np.cos(angle), np.sin(angle)
     inner = canvas.blob(ux - flip * c * rx * 0.12, uy - flip * s * rx * 0.12, rx * 0.6, canvas.px(9), angle, 0.05)
     canvas.fill(inner, -11.0)  # the inner muscle layer is a dark rim around the stripe
-    stripe = canvas.blob(ux - flip * c * rx * 0.12, uy - flip * s * rx * 0.12, rx * 0.54, canvas.px(rng.uniform(4, 5.5)), angle, 0.05)
+    stripe = canvas.blob(
+        ux - flip * c * rx * 0.12, uy - flip * s * rx * 0.12, rx * 0.54, canvas.px(rng.uniform(4, 5.5)), angle, 0.05
+    )
     canvas.fill(stripe, 10.0)
     ox, oy = ux + flip * (rx + canvas.px(14)), uy + canvas.px(rng.uniform(-14, 22))
-    ovary = canvas.blob(ox, oy, canvas.px(rng.uniform(20, 25)), canvas.px(rng.uniform(15, 19)), rng.uniform(-0.4, 0.4), 0.04)
+    ovary = canvas.blob(
+        ox, oy, canvas.px(rng.uniform(20, 25)), canvas.px(rng.uniform(15, 19)), rng.uniform(-0.4, 0.4), 0.04
+    )
     canvas.fill(ovary, -5.0)
     canvas.reflect(ovary, 1.8, 1.2, closed=True)
     for t in np.arange(0, 2 * np.pi, 1.05) + rng.uniform(0, 1):

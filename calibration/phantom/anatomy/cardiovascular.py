@@ -3,7 +3,7 @@
 import numpy as np
 
 from sonoedge.calibration.phantom.anatomy.layers import bezier, muscle, skin
-from sonoedge.calibration.phantom.canvas import Canvas
+from sonoedge.calibration.phantom.canvas import Canvas, lowered
 
 _BLOOD_DB = -27.0
 
@@ -29,7 +29,8 @@ def _apical(canvas: Canvas) -> None:
     rx, ry = canvas.px(rng.uniform(76, 86)), canvas.px(rng.uniform(88, 96))
     tilt = rng.uniform(-0.12, 0.12)
     outer = canvas.blob(x, y, rx, ry, 0.0, 0.02)
-    outer[:, 0] = x + (outer[:, 0] - x) * (0.84 + 0.16 * (outer[:, 1] - y) / ry)  # the apex is narrow and near the probe
+    narrow = 0.84 + 0.16 * (outer[:, 1] - y) / ry  # the apex points at the probe
+    outer[:, 0] = x + (outer[:, 0] - x) * narrow
     c, s = np.cos(tilt), np.sin(tilt)
     outer = (outer - (x, y)) @ np.array([[c, s], [-s, c]]) + (x, y)
     canvas.fill(outer, 2.0)
@@ -48,8 +49,8 @@ def _apical(canvas: Canvas) -> None:
     )
     for dx, dy, wx, wy in chambers:
         cx, cy = spot(flip * dx, dy)
-        wx, wy = wx * rng.uniform(0.88, 1.05), wy * rng.uniform(0.88, 1.05)
-        cavity = canvas.blob(cx, cy, wx * rx, wy * ry, tilt, 0.06)
+        width, height = wx * rx * rng.uniform(0.88, 1.05), wy * ry * rng.uniform(0.88, 1.05)
+        cavity = canvas.blob(cx, cy, width, height, tilt, 0.06)
         canvas.fill(cavity, _BLOOD_DB)
         canvas.reflect(cavity, 1.1, 1.3, closed=True)
     opening = rng.uniform(0.05, 0.14)
@@ -76,7 +77,12 @@ def _parasternal(canvas: Canvas) -> None:
     def spot(dx: float, dy: float) -> tuple[float, float]:
         return x + c * flip * dx * rx - s * dy * ry, y + s * flip * dx * rx + c * dy * ry
 
-    for dx, dy, wx, wy in ((-0.3, 0.12, 0.5, 0.33), (0.1, -0.66, 0.62, 0.17), (0.56, 0.34, 0.27, 0.27), (0.62, -0.14, 0.34, 0.15)):
+    for dx, dy, wx, wy in (
+        (-0.3, 0.12, 0.5, 0.33),
+        (0.1, -0.66, 0.62, 0.17),
+        (0.56, 0.34, 0.27, 0.27),
+        (0.62, -0.14, 0.34, 0.15),
+    ):
         cx, cy = spot(dx, dy)
         cavity = canvas.blob(cx, cy, wx * rx, wy * ry, tilt, 0.05)
         canvas.fill(cavity, _BLOOD_DB)
@@ -110,13 +116,13 @@ def _along(canvas: Canvas) -> None:
     half = rng.uniform(0.15, 0.18)
     upper, lower = canvas.curve(centre - half, 0, 0.006, tilt), canvas.curve(centre + half, 0, 0.006, tilt)
     wall = canvas.px(rng.uniform(5, 7))
-    outer = canvas.band(upper - (0, 2 * wall), lower + (0, 2 * wall), 4.0)
+    outer = canvas.band(lowered(upper, -2 * wall), lowered(lower, 2 * wall), 4.0)
     canvas.mark(outer)
     canvas.band(upper, lower, _BLOOD_DB)
-    canvas.band(upper - (0, wall), upper, -14.0)
-    canvas.band(lower, lower + (0, wall), -14.0)
-    canvas.reflect(upper - (0, wall), 6.0, 2.2)
-    canvas.reflect(lower + (0, wall), 6.5, 2.2)
+    canvas.band(lowered(upper, -wall), upper, -14.0)
+    canvas.band(lower, lowered(lower, wall), -14.0)
+    canvas.reflect(lowered(upper, -wall), 6.0, 2.2)
+    canvas.reflect(lowered(lower, wall), 6.5, 2.2)
     canvas.reflect(upper, 3.0, 1.3)
     canvas.reflect(lower, 3.6, 1.3)
     x, y = canvas.at(0, centre)
@@ -129,7 +135,14 @@ def _across(canvas: Canvas) -> None:
     x, y = canvas.at(-side * rng.uniform(0.06, 0.16), rng.uniform(0.48, 0.54))
     r = canvas.px(rng.uniform(46, 54))
     wall = canvas.px(rng.uniform(5, 7))
-    vein = canvas.blob(x + side * (r + canvas.px(30)), y - canvas.px(rng.uniform(0, 20)), canvas.px(22), canvas.px(11), side * 0.4, 0.06)
+    vein = canvas.blob(
+        x + side * (r + canvas.px(30)),
+        y - canvas.px(rng.uniform(0, 20)),
+        canvas.px(22),
+        canvas.px(11),
+        side * 0.4,
+        0.06,
+    )
     canvas.fill(vein, -30.0)
     canvas.reflect(vein, 2.0, 1.2, closed=True)
     outer = canvas.blob(x, y, r + 2 * wall, r + 2 * wall, 0, 0.01)

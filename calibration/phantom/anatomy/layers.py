@@ -1,8 +1,10 @@
 """Layers that several regions share: skin and fat, striated muscle, bone with its shadow."""
 
+from itertools import pairwise
+
 import numpy as np
 
-from sonoedge.calibration.phantom.canvas import Canvas, Points
+from sonoedge.calibration.phantom.canvas import Canvas, Points, lowered
 
 
 def skin(canvas: Canvas, depth: float) -> Points:
@@ -14,7 +16,9 @@ def skin(canvas: Canvas, depth: float) -> Points:
     return bottom
 
 
-def muscle(canvas: Canvas, upper: Points, lower: Points, echo_db: float, strands: int, *, fascia: float = 4.0) -> Points:
+def muscle(
+    canvas: Canvas, upper: Points, lower: Points, echo_db: float, strands: int, *, fascia: float = 4.0
+) -> Points:
     """Hypoechoic muscle with bright strands that run along it, between two fascias."""
     outline = canvas.band(upper, lower, echo_db)
     for fraction in np.linspace(0.12, 0.88, strands):
@@ -30,7 +34,7 @@ def bone(canvas: Canvas, x: float, y: float, rx: float, ry: float) -> None:
     """A bright arc facing the probe, with a clean shadow from it."""
     t = np.linspace(np.pi * 1.08, np.pi * 1.92, 20)
     arc = np.stack([x + rx * np.cos(t), y + ry * np.sin(t)], axis=1)
-    below = np.concatenate([arc, (arc + (0, 1.2 * ry))[::-1]])
+    below = np.concatenate([arc, lowered(arc, 1.2 * ry)[::-1]])
     canvas.fill(below, -14.0, 30.0 / max(ry, 1.0))
     canvas.reflect(arc, 6.5, 2.2)
 
@@ -51,5 +55,5 @@ def bezier(*nodes: tuple[float, float], n: int = 24) -> Points:
     t = np.linspace(0, 1, n)[:, None]
     points = [np.array(node, dtype=np.float64)[None, :].repeat(n, axis=0) for node in nodes]
     while len(points) > 1:
-        points = [(1 - t) * a + t * b for a, b in zip(points, points[1:], strict=False)]
+        points = [(1 - t) * a + t * b for a, b in pairwise(points)]
     return points[0]

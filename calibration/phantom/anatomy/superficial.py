@@ -3,7 +3,7 @@
 import numpy as np
 
 from sonoedge.calibration.phantom.anatomy.layers import bezier, bone, muscle, skin, tube
-from sonoedge.calibration.phantom.canvas import Canvas
+from sonoedge.calibration.phantom.canvas import Canvas, lowered
 
 
 def breast(canvas: Canvas) -> None:
@@ -27,11 +27,10 @@ def breast(canvas: Canvas) -> None:
         nodes = [canvas.at(u + 0.13 * i, v + rng.uniform(-0.025, 0.025)) for i in range(4)]
         canvas.reflect(bezier(*nodes, n=10), rng.uniform(1.4, 2.6), 1.2)
     canvas.reflect(gland_top, 1.8, 1.2)
-    muscle_top = gland_bottom + (0, canvas.px(rng.uniform(7, 12)))
+    muscle_top = lowered(gland_bottom, canvas.px(rng.uniform(7, 12)))
     muscle_bottom = canvas.curve(rng.uniform(0.87, 0.9), wave=0.006)
     muscle(canvas, muscle_top, muscle_bottom, -7.0, 4)
-    below = canvas.band(muscle_bottom, canvas.curve(1.2), -13.0)
-    del below
+    canvas.band(muscle_bottom, canvas.curve(1.2), -13.0)
     spacing = rng.uniform(0.75, 1.0)
     first = rng.uniform(-1.0, -0.6)
     for u in (first, first + spacing, first + 2 * spacing):
@@ -53,14 +52,14 @@ def thyroid(canvas: Canvas) -> None:
     both = rng.random() < 0.5
     lower = rng.uniform(0.44, 0.5)
     if both:
-        u_trachea, lobes = rng.uniform(-0.06, 0.06), [(-1, rng.uniform(37, 42)), (1, rng.uniform(37, 42))]
+        u_trachea, lobes = rng.uniform(-0.06, 0.06), [(-1.0, rng.uniform(37, 42)), (1.0, rng.uniform(37, 42))]
     else:
         side = float(rng.choice((-1.0, 1.0)))
         u_trachea, lobes = -side * rng.uniform(0.55, 0.75), [(side, rng.uniform(46, 56))]
     tx, ty = canvas.at(u_trachea, lower - 0.02)
     tr = canvas.px(rng.uniform(20, 25))
-    for side, half in lobes:
-        half = canvas.px(half)
+    for side, width in lobes:
+        half = canvas.px(width)
         x = tx + side * (tr * 0.8 + half)
         _, y = canvas.at(0, lower)
         height = canvas.px(rng.uniform(46, 54))
@@ -75,25 +74,17 @@ def thyroid(canvas: Canvas) -> None:
         canvas.fill(carotid, -36.0)
         canvas.reflect(carotid, 3.5, 1.8, closed=True)
     if both:  # the isthmus bridges the lobes over the trachea
-        isthmus = bezier((tx - tr - canvas.px(12), ty - tr * 0.7), (tx, ty - tr - canvas.px(14)), (tx + tr + canvas.px(12), ty - tr * 0.7))
+        reach, rise = tr + canvas.px(12), ty - tr * 0.7
+        isthmus = bezier((tx - reach, rise), (tx, ty - tr - canvas.px(14)), (tx + reach, rise))
         tube(canvas, isthmus, 3.5, 11, 1.5)
     t = np.linspace(np.pi * 1.02, np.pi * 1.98, 24)
     ring = np.stack([tx + tr * np.cos(t), ty + tr * np.sin(t)], axis=1)
-    inside = np.concatenate([ring, (ring + (0, canvas.px(150)))[::-1]])
+    inside = np.concatenate([ring, lowered(ring, canvas.px(150))[::-1]])
     canvas.erase_reflectors(inside)
     canvas.fill(inside, -12.0, 14.0 / canvas.px(60))
     canvas.reflect(ring, 6.0, 2.6)
     for step in (9, 18, 27):  # air echoes the cartilage again and again
-        canvas.reflect(ring[5:-5] + (0, canvas.px(step)), 5.0 / (1 + step / 9), 1.6)
+        canvas.reflect(lowered(ring[5:-5], canvas.px(step)), 5.0 / (1 + step / 9), 1.6)
     muscle(canvas, strap_top, strap_bottom, -9.0, 3, fascia=3.0)
-    _keep_lobes(canvas, inside, strap_top, strap_bottom)
-
-
-def _keep_lobes(canvas: Canvas, trachea: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", *strap: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> None:
-    """Take from the organ what trachea and strap muscles have covered."""
-    import cv2
-
-    from sonoedge.calibration.phantom.canvas import fixed
-
-    cv2.fillPoly(canvas.organ, [fixed(trachea)], 0, shift=4)
-    cv2.fillPoly(canvas.organ, [fixed(np.concatenate([strap[0], strap[1][::-1]]))], 0, shift=4)
+    canvas.unmark(inside)
+    canvas.unmark(np.concatenate([strap_top, strap_bottom[::-1]]))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sonoedge.calibration.phantom.anatomy.layers import bezier, bone, muscle, skin
-from sonoedge.calibration.phantom.canvas import Canvas
+from sonoedge.calibration.phantom.canvas import Canvas, lowered
 
 
 def lung(canvas: Canvas) -> None:
@@ -14,11 +14,11 @@ def lung(canvas: Canvas) -> None:
     skin(canvas, 0.04)
     height = rng.uniform(0.22, 0.27)
     pleura = canvas.curve(height, wave=0.004)
-    muscle(canvas, canvas.curve(0.09), pleura - (0, canvas.px(2)), -6.0, 4)
+    muscle(canvas, canvas.curve(0.09), lowered(pleura, -canvas.px(2)), -6.0, 4)
     canvas.mark(canvas.band(pleura, canvas.curve(1.2), -12.0, 0.03))
     canvas.bed_db = -3.0
     for repeat in range(1, 5):
-        canvas.reflect(pleura + (0, (repeat - 1) * canvas.px(height * 200)), 7.0 / repeat, 2.6)
+        canvas.reflect(lowered(pleura, (repeat - 1) * canvas.px(height * 200)), 7.0 / repeat, 2.6)
     for _ in range(int(rng.integers(0, 4))):  # comet tails
         x, y = canvas.at(rng.uniform(-0.5, 0.5), height)
         canvas.stroke(np.array([[x, y], [x + rng.uniform(-3, 3), y + canvas.px(150)]]), -2.0, 3)
