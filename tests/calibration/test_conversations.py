@@ -44,7 +44,9 @@ def test_phantoms_come_back_as_they_were_written(tmp_path: Path) -> None:
         assert case.phantom is not None
         made = phantom(case.phantom.seed)
         assert case.phantom == made.truth
-        assert np.array_equal(cv2.imread(case.image[0], cv2.IMREAD_GRAYSCALE), made.image[:, :, 0])
+        stored = cv2.imread(case.image[0], cv2.IMREAD_GRAYSCALE)
+        assert stored is not None
+        assert np.array_equal(stored, made.image[:, :, 0])
         assert case.exchanges[0][0].startswith(IMAGE_MARK)
         language = "en" if str(case.id).endswith("en") else "zh"
         assert report_fields(case.exchanges[-1][1], language) == truth_fields(made.truth)

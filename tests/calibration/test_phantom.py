@@ -2,7 +2,9 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 
+import cv2
 import numpy as np
 import pytest
 
@@ -10,6 +12,15 @@ from sonoedge.calibration.phantom import GEOMETRIES, KINDS, QUALITIES, REGIONS, 
 from sonoedge.errors import SonoEdgeError
 
 FRAMES = 600
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Frames this small gain nothing from OpenCV's threads, which wait for each other on a busy machine."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    yield
+    cv2.setNumThreads(before)
 
 
 @pytest.fixture(scope="module")
