@@ -1,8 +1,8 @@
 """Fixtures that tests of several folders share: the command line in process, recorded outputs, a small bundle."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import pytest
@@ -39,8 +39,15 @@ class Ran(msgspec.Struct, frozen=True):
         return self.out.rstrip("\n").rsplit("\n", 1)[-1]
 
 
+class SonoEdge(Protocol):
+    """The command line as tests call it."""
+
+    def __call__(self, *arguments: object) -> Ran:
+        """Run one verb in this process."""
+
+
 @pytest.fixture
-def sonoedge(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def sonoedge(capfd: pytest.CaptureFixture[str]) -> SonoEdge:
     """Call the command line in this process: `sonoedge("verify", path, "--json")`."""
 
     def run(*arguments: object) -> Ran:

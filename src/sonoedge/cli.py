@@ -35,18 +35,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # which rich turns into an exit of its own
+            raise
+        return _refuse(str(sentence(stop.__context__)), argv)
     except Exception as error:
         message = sentence(error)
         if message is None:
             raise
-        print(f"sonoedge: error: {message}", file=sys.stderr)
-        if isinstance(error, BrokenPipeError):
-            # Python flushes standard output once more at exit, which must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        elif "--json" in argv:
-            print(msgspec.json.encode({"error": message}).decode(), flush=True)
-        return REFUSED
+        return _refuse(message, argv)
     return result if isinstance(result, int) else 0
+
+
+def _refuse(message: str, argv: Sequence[str]) -> int:
+    """Tell a refusal: a sentence on standard error and, with --json, an object on standard output."""
+    print(f"sonoedge: error: {message}", file=sys.stderr)
+    try:
+        if "--json" in argv:
+            print(msgspec.json.encode({"error": message}).decode())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads any more; Python flushes once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return REFUSED
 
 
 def _show_version(wanted: bool) -> None:

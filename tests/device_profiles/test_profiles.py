@@ -59,7 +59,7 @@ def test_a_file_of_the_users_own_works_the_same_way(tmp_path: Path) -> None:
         ('backend = "tensorrt"', 'backend = "tensorflow"', "backend = 'tensorflow': Invalid enum value"),
         ('backend = "tensorrt"', "", "Object missing required field `backend`"),
         ('id = "jetson-orin-nano-8gb"', 'id = "My Device"', "id = 'My Device': Expected `str` matching"),
-        ("\ncpu = ", "\nmemo = 3\ncpu = ", "sources.memo = 3: Expected `str`, got `int`"),
+        ("\ncpu = ", "\nmemo = 3\ncpu = ", "sources[...]: Expected `str`, got `int`"),
         ("sm = 87", "sm = 87\nsm = 88", "is not TOML"),
         ("[gpu]", "[gpu", "is not TOML"),
     ],
