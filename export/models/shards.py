@@ -53,9 +53,11 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         )
     weight_map = _read_index(index_file)
     headers: dict[str, TensorHeader] = {}
-    for name in sorted(set(weight_map.values())):
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if name != Path(name).name:
             raise SonoEdgeError(f"{index_file} names {name!r}, which is not a file of this folder; correct weight_map.")
+    for name in names:
         if not (folder / name).is_file():
             raise SonoEdgeError(f"{folder / name} is missing but {INDEX_FILE} names it; copy that shard too.")
         found = _file_headers(folder / name)
