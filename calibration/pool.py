@@ -1,0 +1,152 @@
+"""A pool of phantom frames at model resolution, rendered once by several processes and read from disk afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from sonoedge.calibration.phantom import KINDS, Truth, phantom
+from sonoedge.errors import SonoEdgeError
+from sonoedge.progress import track
+from sonoedge.runtime.preprocess import ImageSpec, Patches, preprocess, resized
+
+CHUNK = 250
+
+
+class LabelledFrame(msgspec.Struct, frozen=True):
+    """One frame of a pool: grey pixels uint8 [S, S], lesion classes uint8 [G, G] a patch, and the truth they show."""
+
+    grey: npt.NDArray[np.uint8]
+    lesion_classes: npt.NDArray[np.uint8]
+    truth: Truth
+
+    def rgb(self) -> npt.NDArray[np.uint8]:
+        """The picture [S, S, 3], three equal channels."""
+        return np.repeat(self.grey[..., None], 3, axis=2)
+
+    def patches(self, spec: ImageSpec) -> Patches:
+        """The frame as the model sees it: float32 [patches, 1176]."""
+        return preprocess(self.rgb(), spec)
+
+
+class PhantomPool:
+    """Frames of consecutive seeds; `pool[i]` is seed `first_seed + i`, mirrored left to right when `mirror` is asked for."""
+
+    def __init__(
+        self,
+        first_seed: int,
+        greys: npt.NDArray[np.uint8],
+        classes: npt.NDArray[np.uint8],
+        truths: Sequence[Truth],
+    ) -> None:
+        self.first_seed = first_seed
+        self.greys = greys  # [frames, S, S]
+        self.classes = classes  # [frames, G, G]
+        self.truths = truths
+
+    def __len__(self) -> int:
+        return len(self.truths)
+
+    def __getitem__(self, index: int) -> LabelledFrame:
+        return LabelledFrame(self.greys[index], self.classes[index], self.truths[index])
+
+    def mirrored(self, index: int) -> LabelledFrame:
+        """The frame as a probe turned by 180 degrees shows it: the pixels and the lesion's side change together."""
+        return mirror(self[index])
+
+
+def lesion_class(truth: Truth) -> int:
+    """0 without a lesion, else 1 + 2·kind + (1 on the right): what a patch inside the lesion is labelled."""
+    if truth.lesion is None:
+        return 0
+    return 1 + 2 * KINDS.index(truth.lesion.kind) + (truth.lesion.side == "right")
+
+
+LESION_CLASSES = 1 + 2 * len(KINDS)
+
+
+def mirror(frame: LabelledFrame) -> LabelledFrame:
+    """Turn a frame left to right, truth included."""
+    lesion = frame.truth.lesion
+    if lesion is not None:
+        x, y = lesion.centre_px
+        lesion = msgspec.structs.replace(
+            lesion, side="left" if lesion.side == "right" else "right", centre_px=(frame.truth.size - 1 - x, y)
+        )
+    truth = msgspec.structs.replace(frame.truth, lesion=lesion)
+    classes = np.where(frame.lesion_classes[:, ::-1] > 0, lesion_class(truth), 0).astype(np.uint8)
+    return LabelledFrame(np.ascontiguousarray(frame.grey[:, ::-1]), classes, truth)
+
+
+def render(seed: int, spec: ImageSpec, size: int = 224) -> LabelledFrame:
+    """Render one phantom and bring it to the model's resolution with the runtime's own resize."""
+    frame = phantom(seed, size=size)
+    grey = np.ascontiguousarray(resized(frame.image, spec)[..., 0])  # [S, S]
+    grid = (grey.shape[1] // spec.patch_size, grey.shape[0] // spec.patch_size)
+    cover = cv2.resize(frame.lesion_mask.astype(np.float32), grid, interpolation=cv2.INTER_AREA)  # [G, G]
+    # A patch belongs to the lesion when a third of it does; the best covered patch always does.
+    inside = (cover >= 0.33) | ((cover == cover.max()) & (cover > 0))
+    classes = np.where(inside, lesion_class(frame.truth), 0).astype(np.uint8)
+    return LabelledFrame(grey, classes, frame.truth)
+
+
+def phantom_pool(
+    folder: Path, frames: int, *, first_seed: int, spec: ImageSpec, label: str = "render phantoms", workers: int = 0
+) -> PhantomPool:
+    """Render `frames` phantoms from `first_seed` on into `folder`; chunks already there are kept, so a killed run resumes.
+
+    Raises SonoEdgeError when `frames` is not positive.
+    """
+    if frames <= 0:
+        raise SonoEdgeError(f"frames = {frames}: a pool needs at least one phantom frame")
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(first_seed, first_seed + frames, CHUNK)
+    jobs = [(folder, start, min(CHUNK, first_seed + frames - start), spec) for start in starts]
+    with track(label, frames) as advance:
+        # Fresh processes: forking one that already runs OpenMP threads can deadlock.
+        with ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
+            for rendered in pool.map(_render_chunk, jobs):
+                advance(rendered)
+    chunks = [_read_chunk(_chunk_path(*job[:3])) for job in jobs]
+    return PhantomPool(
+        first_seed,
+        np.concatenate([chunk[0] for chunk in chunks]),
+        np.concatenate([chunk[1] for chunk in chunks]),
+        [truth for chunk in chunks for truth in chunk[2]],
+    )
+
+
+def _chunk_path(folder: Path, start: int, frames: int) -> Path:
+    return folder / f"phantoms-{start}-{frames}.npz"
+
+
+def _render_chunk(job: tuple[Path, int, int, ImageSpec]) -> int:
+    folder, start, frames, spec = job
+    path = _chunk_path(folder, start, frames)
+    if not path.exists():
+        cv2.setNumThreads(1)
+        rendered = [render(seed, spec) for seed in range(start, start + frames)]
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                grey=np.stack([frame.grey for frame in rendered]),
+                classes=np.stack([frame.lesion_classes for frame in rendered]),
+                truths=np.frombuffer(msgspec.msgpack.encode([frame.truth for frame in rendered]), np.uint8),
+            )
+        temporary.rename(path)
+    return frames
+
+
+def _read_chunk(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], list[Truth]]:
+    with np.load(path, allow_pickle=False) as data:
+        truths = msgspec.msgpack.decode(data["truths"].tobytes(), type=list[Truth])
+        return data["grey"], data["classes"], truths

@@ -1,0 +1,128 @@
+"""`sonoedge distill`: a student cut from its teacher learns to answer, and to see, as the teacher does.
+
+Source: G. Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531); image tokens are matched as well, since
+the vision tower is what a small student loses first.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sonoedge.calibration.pool import PhantomPool, phantom_pool
+from sonoedge.errors import SonoEdgeError
+from sonoedge.export.balance import balance_loss
+from sonoedge.export.checkpoint_files import image_spec
+from sonoedge.export.corpus import Batch, Batches, Corpus, open_corpus
+from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
+from sonoedge.export.packing import IGNORE
+from sonoedge.export.recipe import Distillation, Recipe, load_recipe
+from sonoedge.export.student import cut_student
+from sonoedge.progress import track
+from sonoedge.runtime.preprocess import ImageSpec
+from sonoedge.runtime.tokens import Tokenizer
+
+
+def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSpec, recipe: Recipe) -> EchoVLM:
+    """Cut the recipe's student from `teacher` and train it on `corpus`; the same inputs give the same student on one machine."""
+    settings = recipe.distill
+    torch.manual_seed(settings.seed)
+    student = cut_student(teacher, recipe.student)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    optimiser = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.97), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _schedule(settings, step))
+    student, optimiser, schedule = accelerator.prepare(student, optimiser, schedule)
+    teacher = teacher.to(accelerator.device).eval()
+    batches = Batches(corpus, tokenizer, spec, size=settings.batch, seed=settings.seed, context=recipe.limits.context)
+    student.train()
+    with track("distil the student", settings.steps) as advance:
+        for step, batch in batches.steps(0, settings.steps):
+            losses = _losses(student, teacher, batch, settings)
+            total = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
+            if not torch.isfinite(total):
+                raise SonoEdgeError(f"the loss is {total.item()} at step {step}: lower distill.learning_rate in the recipe")
+            accelerator.backward(total)
+            accelerator.clip_grad_norm_(student.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+            advance(1, " ".join(f"{name} {loss.item():.3f}" for name, (_, loss) in losses.items()))
+    trained: EchoVLM = accelerator.unwrap_model(student).cpu().eval()
+    return trained
+
+
+def _losses(student: nn.Module, teacher: EchoVLM, batch: Batch, settings: Distillation) -> dict[str, tuple[float, Tensor]]:
+    """Every loss of one batch with its weight."""
+    packed = batch.packed
+    rows = packed.labels != IGNORE  # [B, S]
+    with torch.no_grad():
+        taught_embeds = teacher.encode_images(batch.patches, batch.grids)  # [merged, hidden]
+        taught = teacher(
+            packed.input_ids, packed.positions, image_embeds=taught_embeds, attention_bias=packed.attention_bias, logits_rows=rows
+        ).logits  # [answers, vocab]
+    embeds = student.encode_images(batch.patches, batch.grids)
+    output = student(
+        packed.input_ids, packed.positions, image_embeds=embeds, attention_bias=packed.attention_bias, logits_rows=rows,
+        collect_router=True,
+    )  # fmt: skip
+    heat = settings.temperature
+    return {
+        "answers": (settings.answer_weight, functional.cross_entropy(output.logits, packed.labels[rows])),
+        "logits": (
+            settings.logits_weight * heat**2,
+            functional.kl_div(
+                functional.log_softmax(output.logits / heat, dim=-1),
+                functional.log_softmax(taught / heat, dim=-1),
+                log_target=True,
+                reduction="batchmean",
+            ),
+        ),
+        "embeds": (settings.embeds_weight, functional.mse_loss(embeds, taught_embeds) / taught_embeds.var()),
+        "balance": (settings.balance_weight, balance_loss(output.router_logits, teacher.config.moe.num_experts_per_tok)),  # type: ignore[union-attr]  # cut_student refuses a teacher without experts
+    }
+
+
+def _schedule(settings: Distillation, step: int) -> float:
+    """Linear warm-up, then a cosine to a fiftieth."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    through = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * through))
+
+
+def distillation_pool(folder: Path, spec: ImageSpec, settings: Distillation) -> PhantomPool:
+    """The phantoms that the recipe distils on."""
+    return phantom_pool(folder, settings.frames, first_seed=settings.first_frame_seed, spec=spec, label="render training phantoms")
+
+
+def run(checkpoint: Path, recipe: Path | None, data: str, out: Path, as_json: bool) -> None:
+    """The verb: distil CHECKPOINT into OUT, a checkpoint of the same format."""
+    settings = load_recipe(recipe)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SonoEdgeError(f"{out} exists and is not an empty folder: choose another --out or remove it")
+    teacher = load_checkpoint(checkpoint)
+    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+    spec = image_spec(checkpoint)
+    with TemporaryDirectory(prefix="sonoedge-") as work:
+        pool = distillation_pool(Path(work), spec, settings.distill) if data == "phantoms" else None
+        student = distil(teacher, tokenizer, open_corpus(data, spec, pool), spec, settings)
+    save_checkpoint(student, out, tokenizer_files_from=checkpoint)
+    counts = {"teacher_parameters": parameters(teacher), "student_parameters": parameters(student)}
+    if as_json:
+        print(msgspec.json.encode({"out": str(out), **counts}).decode())
+    else:
+        share = counts["student_parameters"] / counts["teacher_parameters"]
+        print(f"{out}: a student of {counts['student_parameters']:,} parameters, {share:.0%} of its teacher's")
+
+
+def parameters(model: nn.Module) -> int:
+    """How many parameters a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())

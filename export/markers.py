@@ -1,0 +1,89 @@
+"""Marks in an exported graph: every product that a recipe may quantize leaves torch as one node that carries its name.
+
+A node `sonoedge::Linear` or `sonoedge::Experts` means what the torch module means; `export.lowering` rewrites each into standard
+operators, quantized or not. So a scheme is chosen by name, never by matching patterns.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.models.moe import SparseMoE
+from sonoedge.export.models.vision import PatchEmbed
+
+DOMAIN = "sonoedge"
+FLOAT_LINEARS = ("moe.gate", "shared_expert_gate", "coefficient")  # a few columns each: routing stays exact, and costs nothing
+
+
+def linear_mark(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A product x [..., in] · weightᵀ [out, in] + bias, as one node called `name`."""
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    marked: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::Linear", inputs, {"name": name}, dtype=x.dtype, shape=[*x.shape[:-1], weight.shape[0]], version=1
+    )
+    return marked
+
+
+class MarkedLinear(nn.Module):
+    """Stands in for a linear layer in an export."""
+
+    def __init__(self, name: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.name, self.weight, self.bias = name, weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_mark(self.name, x, self.weight, self.bias)
+
+
+class MarkedPatchEmbed(nn.Module):
+    """Stands in for the patch embedding: a linear layer over flat patches."""
+
+    def __init__(self, name: str, proj: nn.Conv3d) -> None:
+        super().__init__()
+        self.name, self.weight = name, nn.Parameter(proj.weight.detach().flatten(1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return linear_mark(self.name, patches, self.weight, None)
+
+
+class MarkedMoE(nn.Module):
+    """Stands in for the mixture: routing as standard operators, all experts as one `sonoedge::Experts` node."""
+
+    def __init__(self, name: str, moe: SparseMoE) -> None:
+        super().__init__()
+        self.name, self.moe = name, moe
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        router_logits = self.moe.gate(x)
+        weights = self.moe.route(router_logits).to(x.dtype)  # [..., experts]
+        projections = [getattr(e, p).weight for e in self.moe.experts for p in ("gate_proj", "up_proj", "down_proj")]
+        routed: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Experts", (x, weights, *projections), {"name": self.name}, dtype=x.dtype, shape=x.shape, version=1
+        )
+        shared = torch.sigmoid(self.moe.shared_expert_gate(x)) * self.moe.shared_expert(x)
+        return routed + shared, router_logits
+
+
+def marked(model: EchoVLM) -> EchoVLM:
+    """A copy of `model` (weights shared) whose products leave an export as named nodes."""
+    shared = {id(tensor): tensor for tensor in model.parameters()}
+    twin = copy.deepcopy(model, memo=dict(shared))
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, SparseMoE):
+            _replace(twin, name, MarkedMoE(f"{name}.experts", module))
+        elif isinstance(module, PatchEmbed):
+            _replace(twin, name, MarkedPatchEmbed(f"{name}.proj", module.proj))
+    for name, module in list(twin.named_modules()):
+        clean = name.replace(".moe.moe.", ".moe.")
+        if isinstance(module, nn.Linear) and ".experts." not in name and not clean.endswith(FLOAT_LINEARS) and name != "lm_head":
+            _replace(twin, name, MarkedLinear(clean, module.weight, module.bias))
+    return twin
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

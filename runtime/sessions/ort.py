@@ -1,0 +1,146 @@
+"""ONNX Runtime on the CPU: the vision graph and the decoder graph, the KV cache written in place."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sonoedge.bundle import Bundle
+from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.preprocess import ImageSpec, Patches
+from sonoedge.runtime.sessions.base import DecoderSpec
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+HIDDEN = np.float32(-1e9)  # attention bias of what a token must not see
+
+
+def open_session(bundle: Bundle, *, threads: int | None = None) -> OrtSession:
+    """Load the ONNX Runtime graphs of a bundle; raises SonoEdgeError when onnxruntime is missing or refuses a graph."""
+    return OrtSession(
+        bundle.graph("vision", "ort"),
+        bundle.graph("decoder", "ort"),
+        bundle.manifest.image,
+        bundle.manifest.decoder,
+        threads=threads or len(os.sched_getaffinity(0)),
+    )
+
+
+class OrtSession:
+    """A `Session` on ONNX Runtime's CPU provider."""
+
+    def __init__(self, vision: Path, decoder: Path, image: ImageSpec, spec: DecoderSpec, *, threads: int) -> None:
+        """Load both graphs; `threads` is shared by what one call computes."""
+        self.image, self.spec = image, spec
+        self.length = 0
+        self._vision = _load(vision, threads)
+        self._decoder = _load(decoder, threads)
+        self._binding: Any = self._decoder.io_binding()
+        shape = (1, spec.kv_heads, spec.context, spec.head_dim)
+        names = [f"{part}_{layer}" for layer in range(spec.layers) for part in ("key", "value")]
+        ort_value = _onnxruntime().OrtValue
+        # One buffer is the past and the present of a layer: the operator writes new keys and values behind the old ones.
+        self._cache = {name: ort_value.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
+        self._no_image = np.zeros((1, spec.hidden), np.float32)
+
+    def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
+        """Return the embeddings [merged, hidden] of one picture."""
+        feed = {"patches": patches.values, "places": patch_places(patches.grid, self.image.merge_size)}
+        embeds: npt.NDArray[np.float32] = self._vision.run(["image_embeds"], feed)[0]
+        return embeds
+
+    def rewind(self, length: int) -> None:
+        """Forget every token after the first `length`."""
+        if not 0 <= length <= self.length:
+            raise SonoEdgeError(
+                f"the cache holds {self.length} tokens and cannot be rewound to {length}: rewind to fewer"
+            )
+        self.length = length
+
+    def extend(
+        self,
+        ids: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        *,
+        image_embeds: npt.NDArray[np.float32] | None = None,
+        visible: npt.NDArray[np.bool_] | None = None,
+        logits_rows: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to the cache and return logits [r, vocab]; see `Session.extend`."""
+        new, total = len(ids), self.length + len(ids)
+        if total > self.spec.context:
+            raise SonoEdgeError(
+                f"{total} tokens do not fit the context of {self.spec.context}: ask a shorter question, or build the "
+                "bundle with a larger context"
+            )
+        if visible is None:
+            visible = np.tri(new, total, self.length, dtype=np.bool_)  # [new, total]
+        inputs = {
+            "input_ids": ids[None],
+            "positions": positions[:, None],
+            "image_embeds": image_embeds if image_embeds is not None and len(image_embeds) else self._no_image,
+            "attention_bias": np.where(visible, np.float32(0), HIDDEN)[None, None],
+            "logits_rows": np.array([new - 1]) if logits_rows is None else logits_rows,
+            "last_token": np.array([total - 1], np.int32),
+            "total_tokens": np.array(total, np.int32),
+        }
+        binding = self._binding
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
+        held = [np.ascontiguousarray(array) for array in inputs.values()]  # alive until the call is over
+        for name, array in zip(inputs, held, strict=True):
+            binding.bind_cpu_input(name, array)
+        binding.bind_output("logits")
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+        self._decoder.run_with_iobinding(binding)
+        self.length = total
+        logits: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()
+        return logits
+
+    def close(self) -> None:
+        """Free the graphs and the cache."""
+        del self._binding, self._vision, self._decoder, self._cache
+
+
+@functools.lru_cache(maxsize=16)
+def patch_places(grid: tuple[int, int, int], merge: int) -> npt.NDArray[np.int64]:
+    """Row and column of every patch [t * h * w, 2], merge blocks together, as the patches come."""
+    frames, rows, columns = grid
+    places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)  # [rows, columns, 2]
+    blocks = places.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(0, 2, 1, 3, 4)
+    return np.tile(blocks.reshape(-1, 2), (frames, 1)).astype(np.int64)
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise SonoEdgeError(
+            "onnxruntime is not installed: pip install 'sonoedge[cpu]', or 'sonoedge[gpu]' on a host with an NVIDIA GPU"
+        ) from error
+    return onnxruntime
+
+
+def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    runtime = _onnxruntime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Vision and decoder take turns: a pool that spins while it waits takes the cores from the other.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without it, x86 processors that lack VNNI add int8 products in saturating 16-bit sums and answer wrongly.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.log_severity_level = 3
+    try:
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors share no base class but Exception
+        raise SonoEdgeError(
+            f"onnxruntime {runtime.__version__} cannot load {path.name} ({error}): build the bundle again"
+        ) from error
