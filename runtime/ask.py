@@ -9,7 +9,7 @@ from sonoedge.runtime.client import Client
 from sonoedge.runtime.protocol import Language, Token
 
 
-def run(endpoint: str, question: str, language: Language | None, timeout_s: float, as_json: bool) -> None:
+def run(endpoint: str, question: str, language: Language | None, timeout_s: float | None, as_json: bool) -> None:
     """Print the answer; raises SonoEdgeError when the server refuses or is silent for `timeout_s`."""
     with Client(endpoint, timeout_s=timeout_s) as client:
         for reply in client.ask(question, language=language):

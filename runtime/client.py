@@ -16,10 +16,12 @@ from sonoedge.runtime.protocol import (
     Broadcast,
     Cancel,
     Error,
+    Hint,
     Id,
     Language,
     Reply,
     Request,
+    State,
     Status,
     StatusRequest,
     Token,
@@ -32,8 +34,8 @@ from sonoedge.runtime.protocol import (
 class Client:
     """Asks one server, one question at a time; not safe to share between threads."""
 
-    def __init__(self, endpoint: str, *, timeout_s: float = 10.0) -> None:
-        """Connect; `timeout_s` is how long the server may be silent. Raises SonoEdgeError when it is no endpoint."""
+    def __init__(self, endpoint: str, *, timeout_s: float | None = 10.0) -> None:
+        """Connect; `timeout_s` is the longest silence (None: no limit); raises SonoEdgeError for a wrong endpoint."""
         self.endpoint = endpoint
         self._timeout_s = timeout_s
         self._socket = connect(zmq.DEALER, endpoint)
@@ -97,32 +99,46 @@ class Client:
 
     def _receive(self, request_id: Id | None) -> Reply:
         """Return the next reply to the request, skipping those to earlier ones."""
-        until = time.monotonic() + self._timeout_s
-        while (left_s := until - time.monotonic()) > 0:
-            if not self._socket.poll(max(1, round(left_s * 1000))):
-                continue
+        began = time.monotonic()
+        while True:
+            left_s = None if self._timeout_s is None else max(0.0, began + self._timeout_s - time.monotonic())
+            if not self._socket.poll(None if left_s is None else round(left_s * 1000)):
+                raise silence(self.endpoint, self._timeout_s)
             reply = decode_reply(self._socket.recv())
             if isinstance(reply, Error) and reply.id in (request_id, None):
                 raise SonoEdgeError(reply.message)
             if reply.id == request_id:
                 return reply
-        raise silence(self.endpoint, self._timeout_s)
 
 
-def listen(endpoint: str, *, timeout_s: float) -> Iterator[Broadcast]:
-    """Yield hints, state and telemetry; raises SonoEdgeError after `timeout_s` of silence."""
+def listen(endpoint: str, *, timeout_s: float | None) -> Iterator[Broadcast]:
+    """Yield hints, state and telemetry; raises SonoEdgeError when `timeout_s` pass without a hint."""
     socket = connect(zmq.SUB, endpoint)
     try:
         socket.subscribe(b"")
-        while socket.poll(max(1, round(timeout_s * 1000))):
-            yield decode_broadcast(socket.recv())
-        raise silence(endpoint, timeout_s)
+        since, state = time.monotonic(), None
+        while True:
+            left_s = None if timeout_s is None else max(0.001, since + timeout_s - time.monotonic())
+            if socket.poll(None if left_s is None else round(left_s * 1000)):
+                message = decode_broadcast(socket.recv())
+                yield message
+                state = message if isinstance(message, State) else state
+                since = time.monotonic() if isinstance(message, Hint) else since
+            if timeout_s is not None and time.monotonic() >= since + timeout_s:
+                raise (
+                    silence(endpoint, timeout_s)
+                    if state is None
+                    else SonoEdgeError(
+                        f"{endpoint} had no hint for {timeout_s:g} s and its source {state.name} is {state.state}"
+                        f"{f' ({state.detail})' if state.detail else ''}: check the source"
+                    )
+                )
     finally:
         socket.close()
 
 
-def silence(endpoint: str, timeout_s: float) -> SonoEdgeError:
+def silence(endpoint: str, timeout_s: float | None) -> SonoEdgeError:
     """The error for a server that says nothing."""
     return SonoEdgeError(
-        f"{endpoint} was silent for {timeout_s:g} s: start `sonoedge serve`, or correct the endpoint or --timeout"
+        f"{endpoint} was silent for {timeout_s or 0:g} s: start `sonoedge serve`, or correct endpoint or --timeout-s"
     )

@@ -34,7 +34,7 @@ class Familiarity(msgspec.Struct, frozen=True):
 def load_familiarity(path: Path) -> Familiarity:
     """Read what `Familiarity.save` wrote; raises SonoEdgeError when it is missing, damaged or of the wrong shape."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             mean, whitening, threshold = (np.asarray(arrays[k], np.float32) for k in ("mean", "whitening", "threshold"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SonoEdgeError(f"{path} is no familiarity file ({error}): build the bundle again") from error

@@ -6,6 +6,7 @@ import msgspec
 
 from sonoedge.bundle import HINT_SCHEMA_FILE, TOKENIZER_FILE, open_bundle
 from sonoedge.runtime.familiarity import load_familiarity
+from sonoedge.runtime.golden import check_session
 from sonoedge.runtime.hint_engine import HintEngine
 from sonoedge.runtime.hints import load_schema
 from sonoedge.runtime.sessions.base import Session
@@ -23,7 +24,7 @@ class Model(msgspec.Struct, frozen=True):
 
 
 def open_model(path: Path) -> Model:
-    """Check and load the bundle at `path`; raises SonoEdgeError naming what is wrong with it."""
+    """Check and load the bundle at `path` and repeat its golden outputs; raises SonoEdgeError naming what is wrong."""
     from sonoedge.runtime.sessions.ort import open_session
 
     bundle = open_bundle(path)
@@ -32,5 +33,6 @@ def open_model(path: Path) -> Model:
     schema = load_schema(bundle.path(HINT_SCHEMA_FILE))
     familiarity = load_familiarity(bundle.path(manifest.familiarity)) if manifest.familiarity is not None else None
     session = open_session(bundle)
+    check_session(bundle, session)
     engine = HintEngine(session, tokenizer, schema, calibration=manifest.hint_calibration, familiarity=familiarity)
     return Model(session, tokenizer, engine, manifest.model.id, manifest.intended_use)

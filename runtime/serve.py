@@ -1,10 +1,10 @@
 """The verb `serve`: play a source through a bundle, publish hints and answer questions until it ends or is stopped."""
 
+import contextlib
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -14,6 +14,8 @@ from sonoedge.runtime.endpoints import check_endpoint
 from sonoedge.runtime.model import Model, open_model
 from sonoedge.runtime.server import Server
 from sonoedge.runtime.sources import open_source
+
+POLL_S = 0.2  # how often a signal is looked for
 
 
 def run(bundle: Path, source: str, bind: str, hints_bind: str, once: bool, fps: float | None, as_json: bool) -> None:
@@ -31,29 +33,23 @@ def serve(
     as_json: bool,
 ) -> None:
     """Serve the model that `load` returns: one ready line, then a summary at the end."""
-    with stopped_by_signals() as stop:
-        check_endpoint(bind)  # a wrong endpoint is told before minutes of loading
-        check_endpoint(hints_bind)
-        feed = open_source(source, once=once, fps=fps)
-        try:
-            model = load()
+    for endpoint in (bind, hints_bind):  # a wrong one is told before the model takes its time to load
+        check_endpoint(endpoint)
+    with contextlib.closing(open_source(source, once=once, fps=fps)) as feed:
+        model = load()
+        with contextlib.closing(model.session), stopped_by_signals() as stop:
+            server = Server(model, feed, bind=bind, hints_bind=hints_bind)
+            server.start()
             try:
-                server = Server(model, feed, bind=bind, hints_bind=hints_bind)
-                try:
-                    server.start()
-                    _say_ready(server, model, feed.name, as_json)
-                    while not stop.is_set() and not server.wait(0.2):
-                        pass
-                finally:
-                    server.stop()
-                _say_summary(server, as_json)
+                _say_ready(server, model, feed.name, as_json)
+                while not stop.is_set() and not server.wait(POLL_S):
+                    pass
             finally:
-                model.session.close()
-        finally:
-            feed.close()
+                server.stop()
+            _say_summary(server, as_json)
 
 
-@contextmanager
+@contextlib.contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
     """Yield an event that SIGINT and SIGTERM set; the second signal acts as usual."""
     stop = threading.Event()

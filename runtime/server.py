@@ -70,6 +70,7 @@ class Server:
             threading.Thread(target=self._guard, args=(self._capture,), name="capture", daemon=True),
             threading.Thread(target=self._guard, args=(lambda: self._worker.run(self._stop),), name="worker"),
         ]
+        self._wire_thread = threading.Thread(target=self._guard, args=(self._wire.run,), name="wire")
         # Written and read by the I/O thread only.
         self._latency = LatencyWindow()
         self._hinted = self._failures = self._hints = self._answered = 0
@@ -79,8 +80,7 @@ class Server:
 
     def start(self) -> None:
         """Begin to capture, hint and answer."""
-        self._wire.start()
-        for thread in self._threads:
+        for thread in (self._wire_thread, *self._threads):
             thread.start()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -91,14 +91,14 @@ class Server:
         return over
 
     def stop(self) -> None:
-        """Stop every thread, tell waiting clients, and close the sockets."""
+        """Stop every thread, tell waiting clients, and close the sockets; only after `start`."""
         self._stop.set()
         self._source.close()
         self._slot.wake()
         for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(JOIN_S if thread.daemon else None)
+            thread.join(JOIN_S if thread.daemon else None)
         self._wire.stop()
+        self._wire_thread.join()
 
     def telemetry(self) -> Telemetry:
         """Return the counters; exact on the I/O thread and after `stop`."""

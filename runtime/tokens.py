@@ -20,7 +20,7 @@ _SPECIALS = {
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Return the byte behind each character of a byte-level vocabulary (GPT-2's table: printable ones mean themselves)."""
+    """Return the byte behind each character of a byte-level vocabulary (GPT-2's: printable ones mean themselves)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(hidden)}

@@ -13,8 +13,8 @@ from sonoedge.runtime.client import listen
 from sonoedge.runtime.protocol import Hint, State, Telemetry
 
 
-def run(endpoint: str, count: int | None, timeout_s: float, as_json: bool) -> None:
-    """Show hints until `count` were seen or Ctrl-C; raises SonoEdgeError when the server is silent for `timeout_s`."""
+def run(endpoint: str, count: int | None, timeout_s: float | None, as_json: bool) -> None:
+    """Show hints until `count` were seen or Ctrl-C; raises SonoEdgeError after `timeout_s` without one."""
     console = Console(highlight=False)
     try:
         if as_json:
@@ -32,7 +32,7 @@ def run(endpoint: str, count: int | None, timeout_s: float, as_json: bool) -> No
         return
 
 
-def _limited(endpoint: str, count: int | None, timeout_s: float) -> Iterator[Hint | State | Telemetry]:
+def _limited(endpoint: str, count: int | None, timeout_s: float | None) -> Iterator[Hint | State | Telemetry]:
     """Yield messages until `count` hints were among them."""
     seen = 0
     for message in listen(endpoint, timeout_s=timeout_s):
@@ -47,7 +47,7 @@ def _line(hint: Hint) -> str:
     return f"frame {hint.frame}  {hint.hint}: {said}  ({hint.probability:.0%}, {hint.age_ms:.0f} ms)"
 
 
-def _show_table(console: Console, endpoint: str, count: int | None, timeout_s: float) -> None:
+def _show_table(console: Console, endpoint: str, count: int | None, timeout_s: float | None) -> None:
     """Keep one row a hint up to date; a hint that is no longer asked leaves with the next frame."""
     newest: dict[str, Hint] = {}
     footer = ""

@@ -24,7 +24,7 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Wire:
-    """Owns the ROUTER for requests and the PUB for hints; calls back on its own thread.
+    """Owns the ROUTER for requests and the PUB for hints; calls back on the thread that runs it.
 
     `on_request` gets each readable request, `on_gone` the envelope of a client that left or does not read, `on_idle` is
     called at least every 100 ms.
@@ -47,7 +47,6 @@ class Wire:
         self._pub = self._context.socket(zmq.PUB)
         self._ear, self._bell = socket.socketpair()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="wire")
         try:
             for sock in (self._router, self._pub):
                 limit(sock)
@@ -60,18 +59,28 @@ class Wire:
             self._close()
             raise
 
-    def start(self) -> None:
-        """Begin to serve."""
-        self._thread.start()
+    def run(self) -> None:
+        """Serve until `stop`; the sockets deliver their last messages within their linger."""
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._ear, zmq.POLLIN)
+        try:
+            while not self._stopping.is_set():
+                poller.poll(IDLE_MS)
+                self._drain()
+                for _ in range(BATCH):
+                    if not self._router.poll(0):
+                        break
+                    self._receive(self._router.recv_multipart())
+                self._on_idle()
+            self._drain()
+        finally:
+            self._close()
 
     def stop(self) -> None:
-        """Deliver what is queued, within the sockets' linger, and close."""
+        """Make `run` deliver what is queued, close and return; safe from any thread."""
         self._stopping.set()
         self._ring()
-        if self._thread.ident is not None:
-            self._thread.join()
-        else:
-            self._close()
 
     def call(self, job: Callable[[], None]) -> None:
         """Run `job` on the I/O thread soon; it may use `reply` and `publish`. Safe from any thread."""
@@ -91,23 +100,6 @@ class Wire:
     def publish(self, message: Broadcast) -> None:
         """Send to every subscriber; one that lags too far behind misses messages. I/O thread only."""
         self._pub.send(encode(message), zmq.NOBLOCK)
-
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._ear, zmq.POLLIN)
-        try:
-            while not self._stopping.is_set():
-                poller.poll(IDLE_MS)
-                self._drain()
-                for _ in range(BATCH):
-                    if not self._router.poll(0):
-                        break
-                    self._receive(self._router.recv_multipart())
-                self._on_idle()
-            self._drain()
-        finally:
-            self._close()
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -77,7 +77,7 @@ class Worker:
             return
         assert self._current is not None
         question, generation, began_ns = self._current
-        slice_began_ns = time.monotonic_ns()
+        resumed_ns, until_ns = time.monotonic_ns(), None
         while generation.finish is None and not stop.is_set():
             try:
                 piece = generation.step()
@@ -86,7 +86,10 @@ class Worker:
                 return
             if piece and question.streams:
                 self._on_reply(question, Token(question.ask.id, piece))
-            if (time.monotonic_ns() - slice_began_ns) / 1e6 >= self._slice_ms and self._slot.full:
+            now_ns = time.monotonic_ns()
+            if until_ns is None:  # the first step may have had to refill the cache: use what that cost
+                until_ns = now_ns + max(int(self._slice_ms * 1e6), now_ns - resumed_ns)
+            if now_ns >= until_ns and self._slot.full:
                 return
         if generation.finish is None:
             return

@@ -51,7 +51,7 @@ class FakeSession:
         self._ids: list[int] = []
         self._brightness: list[float] = []  # of each cached token; nan for text
         self._last_position: list[int] = []
-        self._seen: list[npt.NDArray[np.int64]] = []  # what each cached token sees
+        self._seen: list[npt.NDArray[np.int64] | None] = []  # what each cached token sees; None: all before it
 
     @property
     def length(self) -> int:
@@ -85,34 +85,37 @@ class FakeSession:
         before = self.length
         if before + len(ids) > self.spec.context:
             raise SonoEdgeError(f"{before + len(ids)} tokens do not fit the context of {self.spec.context}")
-        if visible is None:
-            visible = np.tri(len(ids), before + len(ids), before, dtype=np.bool_)
-        if visible.shape != (len(ids), before + len(ids)) or positions.shape != (3, len(ids)):
-            raise SonoEdgeError(f"visible is {visible.shape} and positions {positions.shape} for {len(ids)} tokens")
+        shape = (len(ids), before + len(ids))
+        if (visible is not None and visible.shape != shape) or positions.shape != (3, len(ids)):
+            raise SonoEdgeError(f"positions are {positions.shape} and visible is not {shape} for {len(ids)} tokens")
         bright = iter(image_embeds[:, 0].tolist() if image_embeds is not None else [])
+        reach = max(self._last_position, default=-1)  # the largest position of every token before
         for row, index in enumerate(ids.tolist()):
-            seen = np.flatnonzero(visible[row, : before + row])
+            seen = None if visible is None else np.flatnonzero(visible[row, : before + row])
+            if seen is not None:
+                reach = max((self._last_position[token] for token in seen), default=-1)
             is_image = index == self.spec.image_token_id
-            expected = 1 + max((self._last_position[token] for token in seen), default=-1)
-            if not is_image and not (positions[:, row] == expected).all():
-                raise SonoEdgeError(f"token {before + row} stands at {positions[:, row]} and should at {expected}")
+            if not is_image and not (positions[:, row] == reach + 1).all():
+                raise SonoEdgeError(f"token {before + row} stands at {positions[:, row]} and should at {reach + 1}")
             self._ids.append(index)
             self._brightness.append(next(bright) if is_image else float("nan"))
             self._last_position.append(int(positions[:, row].max()))
-            self._seen.append(np.append(seen, before + row))
+            self._seen.append(None if seen is None else np.append(seen, before + row))
+            reach = max(reach, self._last_position[-1])
         if self._step_s:
             time.sleep(self._step_s)
         rows = [len(ids) - 1] if logits_rows is None else logits_rows.tolist()
         logits = np.zeros((len(rows), self.spec.vocab), np.float32)
         for number, row in enumerate(rows):
-            logits[number, self._next(self._seen[before + row])] = SURE
+            seen = self._seen[before + row]
+            logits[number, self._next(range(before + row + 1) if seen is None else seen.tolist())] = SURE
         return logits
 
     def close(self) -> None:
         """Remember that it was closed."""
         self.closed = True
 
-    def _next(self, seen: Sequence[int] | npt.NDArray[np.int64]) -> int:
+    def _next(self, seen: Sequence[int]) -> int:
         """The token that the fake wants after the tokens `seen`."""
         t, ids = self._tokenizer, [self._ids[token] for token in seen]
         if ids.count(t.im_start) < 3 or t.vision_end not in ids:  # the assistant's turn has not begun
