@@ -1,5 +1,6 @@
 """`sonoedge inspect`: what a checkpoint is and which devices can hold it, read from its headers alone."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -7,11 +8,20 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from sonoedge.device_profiles import list_profiles
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.loading import open_checkpoint
 from sonoedge.export.models.shards import TensorHeader
 
 SCALE_BYTES = 4  # INT8 matrices keep one float32 scale an output row, vectors stay float32
+
+
+class Fit(msgspec.Struct, frozen=True):
+    """Whether the INT8 weights alone go into a device's memory; `plan` also counts caches and the system's share."""
+
+    profile: str
+    capacity_bytes: int | None  # None: differs from host to host
+    fits: bool | None
 
 
 class Inspection(msgspec.Struct, frozen=True):
@@ -32,6 +42,7 @@ class Inspection(msgspec.Struct, frozen=True):
     weight_bytes: int
     int8_bytes: int
     files: int
+    profiles: tuple[Fit, ...]
 
 
 def run(checkpoint: Path, as_json: bool) -> int:
@@ -48,6 +59,7 @@ def inspect_checkpoint(checkpoint: Path) -> Inspection:
     """Read config.json and the headers of the weights; no weight is loaded."""
     config, headers = open_checkpoint(checkpoint)
     parameters = sum(header.parameters for header in headers.values())
+    int8_bytes = sum(map(_int8_bytes, headers.values()))
     return Inspection(
         architecture=config.architecture,
         parameters=parameters,
@@ -62,9 +74,19 @@ def inspect_checkpoint(checkpoint: Path) -> Inspection:
         tied_embeddings=config.tie_word_embeddings,
         dtype="+".join(sorted({header.dtype for header in headers.values()})),
         weight_bytes=sum(header.bytes for header in headers.values()),
-        int8_bytes=sum(map(_int8_bytes, headers.values())),
+        int8_bytes=int8_bytes,
         files=len({header.file for header in headers.values()}),
+        profiles=tuple(_fits(int8_bytes)),
     )
+
+
+def _fits(int8_bytes: int) -> Iterator[Fit]:
+    for profile in list_profiles():
+        capacity = profile.memory.capacity_bytes
+        if capacity == "unknown":
+            yield Fit(profile.id, None, None)
+        else:
+            yield Fit(profile.id, capacity, int8_bytes <= capacity)
 
 
 def _idle_parameters(config: ModelConfig) -> int:
@@ -97,7 +119,17 @@ def _print_tables(checkpoint: Path, inspection: Inspection) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    Console().print(table)
+    devices = Table(title="INT8 weights against device memory", box=SIMPLE)
+    for heading in ("profile", "memory", "fits"):
+        devices.add_column(heading)
+    for fit in inspection.profiles:
+        if fit.capacity_bytes is None:
+            devices.add_row(fit.profile, "differs", "depends on the host")
+        else:
+            devices.add_row(fit.profile, _size(fit.capacity_bytes), "yes" if fit.fits else "no")
+    console = Console()
+    console.print(table)
+    console.print(devices)
 
 
 def _count(number: int) -> str:

@@ -83,9 +83,9 @@ class _Lowering:
         self.graph.register_initializer(value)
         return value
 
-    def zeros(self, channels: int) -> ir.Value:
-        """The zero points of per-channel weights, written out: ONNX Runtime's precise mode misreads weights without them."""
-        return self.constant(f"int8_zeros_{channels}", np.zeros(channels, np.int8))
+    def zeros(self, label: str, channels: int) -> ir.Value:
+        """The zero points of one weight: ONNX Runtime's precise mode fails when they are left out or shared between weights."""
+        return self.constant(f"{label}.weight_zero", np.zeros(channels, np.int8))
 
     def linear(self, node: ir.Node) -> None:
         name = node.attributes["name"].as_string()
@@ -102,7 +102,7 @@ class _Lowering:
                     "DequantizeLinear",
                     self.constant(f"{name}.weight_int8", np.ascontiguousarray(int8.T)),
                     self.constant(f"{name}.weight_scale", scales),
-                    self.zeros(scales.size),
+                    self.zeros(name, scales.size),
                     axis=1,
                 ),
             )
@@ -133,7 +133,7 @@ class _Lowering:
                     int8, scales = quantize_weight(matrix)
                     inputs.append(self.constant(f"{label}.weight_int8", np.ascontiguousarray(int8.T)))
                     inputs.append(self.constant(f"{label}.weight_scale", scales))
-                    inputs.append(self.zeros(scales.size))
+                    inputs.append(self.zeros(label, scales.size))
                 else:
                     inputs.append(self.constant(f"{label}.weight_transposed", np.ascontiguousarray(matrix.T)))
         function = experts_function(experts, quantized)

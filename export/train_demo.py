@@ -9,12 +9,12 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ from torch.nn import functional
 
 from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.calibration.pool import LabelledFrame, PhantomPool, phantom_pool
+from sonoedge.calibration.scores import score_pool
+from sonoedge.export.demo_card import Training, write_card
 from sonoedge.export.demo_tokenizer import train_tokenizer, write_tokenizer
 from sonoedge.export.dense_heads import DenseHeads, VisionTap
+from sonoedge.export.evaluate import FIRST_FRAME_SEED, open_model, print_accuracy
 from sonoedge.export.lessons import branches
 from sonoedge.export.balance import balance_loss
 from sonoedge.export.models.echovlm import EchoVLM
@@ -34,6 +37,9 @@ from sonoedge.progress import track
 from sonoedge.runtime.tokens import Tokenizer
 
 SAVE_EVERY_STEPS = 100
+EVALUATION_FRAMES = 2000
+RECIPE = Path(__file__).parent / "recipes" / "demo-teacher.toml"
+CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 
 
 class Trainer:
@@ -174,17 +180,28 @@ def train(recipe: TeacherRecipe, work: Path) -> tuple[EchoVLM, float]:
 
 
 def main() -> None:
-    """Train, evaluate on fresh phantoms and write the checkpoint with its card."""
+    """Train, write the checkpoint, evaluate what was written on fresh phantoms and add its card."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", type=Path, default=Path(__file__).parent / "recipes" / "demo-teacher.toml")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--work", type=Path, default=Path("build/demo-teacher"))
-    parser.add_argument("--out", type=Path, default=Path("export/demo_checkpoint"))
+    parser.add_argument("--out", type=Path, default=CHECKPOINT)
     arguments = parser.parse_args()
-    recipe = load_teacher_recipe(arguments.recipe)
-    started = time.monotonic()
-    model, training_seconds = train(recipe, arguments.work)
-    print(msgspec.json.encode({"minutes": (time.monotonic() - started) / 60, "training": training_seconds / 60}).decode())
-    save_checkpoint(model, arguments.out, dtype=torch.bfloat16, tokenizer_files_from=arguments.work)
+    recipe, work, out = load_teacher_recipe(arguments.recipe), arguments.work, arguments.out
+    model, seconds = train(recipe, work)
+    fresh = work / "checkpoint"
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_checkpoint(
+        model, fresh, dtype=torch.bfloat16, tokenizer_files_from=work, preprocessor={"max_pixels": recipe.model.image_pixels}
+    )
+    # Evaluated as stored: bfloat16 rounds the weights, and the card speaks of the checkpoint, not of the run.
+    session, tokenizer = open_model(fresh)
+    pool = phantom_pool(work / "evaluation", EVALUATION_FRAMES, first_seed=FIRST_FRAME_SEED, spec=session.image)
+    scored = score_pool(session, tokenizer, pool, "score")
+    cpu_seconds = time.process_time() + sum(os.times()[2:4])
+    write_card(fresh, recipe, Training(sum(p.numel() for p in model.parameters()), seconds / 60, cpu_seconds / 60), scored)
+    print_accuracy({"all frames": scored.accuracy(), **scored.strata()}, f"{EVALUATION_FRAMES} fresh phantoms")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(fresh, out)
 
 
 if __name__ == "__main__":

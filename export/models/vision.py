@@ -46,8 +46,9 @@ class VisionAttention(nn.Module):
             count = 1 if segments is None else len(segments)
             mixed = _attend(q, k, v, count)
         else:
-            split = zip(*(part.split(list(segments)) for part in (q, k, v)), strict=True)
-            mixed = torch.cat([_attend(*parts, 1) for parts in split])
+            sizes = list(segments)
+            split = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+            mixed = torch.cat([_attend(*qkv, 1) for qkv in split])
         result: Tensor = self.proj(mixed)
         return result
 
