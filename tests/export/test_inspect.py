@@ -70,6 +70,9 @@ def test_released_size_needs_no_weights(released_folder: Path) -> None:
     assert inspection.parameters < inspection.int8_bytes < 1.01 * inspection.parameters
     assert (inspection.experts, inspection.experts_per_token, inspection.files) == (4, 2, 3)
     assert inspection.dtype == "BF16"
+    fits = {fit.profile: fit.fits for fit in inspection.profiles}
+    assert (fits["jetson-agx-orin-64gb"], fits["jetson-orin-nano-8gb"]) == (True, False)
+    assert fits["cpu-x86-64"] is None
 
 
 def test_json_is_the_last_line(golden_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +86,7 @@ def test_json_is_the_last_line(golden_folder: Path, capsys: pytest.CaptureFixtur
 def test_table_names_what_matters(golden_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(golden_folder / "echovlm_tiny", as_json=False) == 0
     printed = capsys.readouterr().out
-    for word in ("Qwen2VLMOEForConditionalGeneration", "4, 2 a token", "F32", "450.5 k"):
+    for word in ("Qwen2VLMOEForConditionalGeneration", "4, 2 a token", "F32", "450.5 k", "cpu-x86-64"):
         assert word in printed
 
 

@@ -1,5 +1,7 @@
 """Attention, experts, positions and the vision tower against other implementations of the same mathematics."""
 
+# mypy: allow-untyped-calls
+
 import pytest
 import torch
 from torch.nn import functional

@@ -1,5 +1,7 @@
 """An independent EchoVLM of any size, put together from transformers' Qwen2-VL and Qwen2-MoE, and its recordings."""
 
+# mypy: allow-untyped-calls
+
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path

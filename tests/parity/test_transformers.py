@@ -1,5 +1,7 @@
 """What transformers itself saves loads here, and what we save loads there, with the same logits."""
 
+# mypy: allow-untyped-calls
+
 from pathlib import Path
 from typing import Any
 
