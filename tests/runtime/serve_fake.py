@@ -1,23 +1,25 @@
-"""A process that serves a fake model through the verb `serve`: TOKENIZER SOURCE [BIND] [--once]."""
+"""A process that serves a fake model through the verb `serve`: TOKENIZER SOURCE [options of serve]."""
 
 import sys
+from pathlib import Path
+from unittest import mock
 
 from sonoedge.cli import main
-from sonoedge.runtime import model, serve
 from sonoedge.runtime.hint_engine import HintEngine
 from sonoedge.runtime.hints import load_schema
+from sonoedge.runtime.model import Model
 from sonoedge.runtime.sessions.fake import FakeSession
 from sonoedge.runtime.tokens import Tokenizer
 
 
-def load(_bundle: object) -> model.Model:
+def load(_bundle: Path) -> Model:
     """Stand in for `open_model`."""
     tokenizer, schema = Tokenizer.from_file(sys.argv[1]), load_schema()
     session = FakeSession(tokenizer, schema, step_s=0.002)
-    return model.Model(session, tokenizer, HintEngine(session, tokenizer, schema), "fake", "Tests only.")
+    return Model(session, tokenizer, HintEngine(session, tokenizer, schema), "fake", "Tests only.")
 
 
 if __name__ == "__main__":
-    serve.open_model = load
     options = ["--bind", "tcp://127.0.0.1:*", "--hints-bind", "tcp://127.0.0.1:*", "--json"]
-    sys.exit(main(["serve", "bundle", "--source", sys.argv[2], *options, *sys.argv[3:]]))
+    with mock.patch("sonoedge.runtime.serve.open_model", load):
+        sys.exit(main(["serve", "bundle", "--source", sys.argv[2], *options, *sys.argv[3:]]))

@@ -1,6 +1,7 @@
 """Positions against transformers' get_rope_index."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +30,15 @@ def reference(ids: npt.NDArray[np.int64], grids: Sequence[Grid]) -> tuple[npt.ND
     from transformers import Qwen2VLConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-    config = Qwen2VLConfig(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START)
+    config = Qwen2VLConfig(  # type: ignore[no-untyped-call]
+        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START
+    )
     model = Qwen2VLModel.__new__(Qwen2VLModel)
     torch.nn.Module.__init__(model)
     model.config = config
-    tokens = torch.from_numpy(ids)[None]
-    positions, delta = model.get_rope_index(tokens, torch.tensor(grids) if grids else None)
+    tokens: Any = torch.from_numpy(ids)[None]
+    image_grids: Any = torch.tensor(grids) if grids else None
+    positions, delta = model.get_rope_index(tokens, image_grids)
     return positions[:, 0].numpy(), int(delta[0, 0]) + len(ids)
 
 

@@ -32,7 +32,7 @@ def dial() -> Iterator[Callable[..., "zmq.Socket[bytes]"]]:
     sockets: list[zmq.Socket[bytes]] = []
 
     def connect(kind: int, endpoint: str) -> "zmq.Socket[bytes]":
-        sock = zmq.Context.instance().socket(kind)
+        sock: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
         sock.set(zmq.LINGER, 0)
         sock.set(zmq.RCVTIMEO, TIMEOUT_MS)
         sock.connect(endpoint)
@@ -116,7 +116,7 @@ def test_single_part_messages_can_be_conflated(
     start_server: StartServer, make_source: MakeSource, dial: Callable[..., Any]
 ) -> None:
     server = start_server(make_source())
-    sock = zmq.Context.instance().socket(zmq.SUB)
+    sock: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
     sock.set(zmq.CONFLATE, 1)
     sock.set(zmq.LINGER, 0)
     sock.set(zmq.RCVTIMEO, TIMEOUT_MS)

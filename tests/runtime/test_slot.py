@@ -44,7 +44,12 @@ def test_get_waits_for_a_frame_and_wakes(shade: Shade) -> None:
 def test_no_frame_is_lost_uncounted_between_threads(shade: Shade) -> None:
     slot, taken = LatestFrameSlot(), 0
     frames = [shade(0, number, (1, 1)) for number in range(500)]
-    feeder = threading.Thread(target=lambda: [slot.put(frame) for frame in frames])
+
+    def feed() -> None:
+        for frame in frames:
+            slot.put(frame)
+
+    feeder = threading.Thread(target=feed)
     feeder.start()
     while feeder.is_alive() or slot.full:
         taken += slot.get(0.001) is not None

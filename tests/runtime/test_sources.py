@@ -13,7 +13,7 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
@@ -113,7 +113,8 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
     else:
         Image.fromarray(grey).convert("RGB").convert(mode).save(tmp_path / "a.png")
     (frame,) = frames(open_source(str(tmp_path / "a.png"), once=True))
-    assert (frame.image.shape, frame.image.dtype) == ((32, 64, 3), np.uint8)
+    assert frame.image.shape == (32, 64, 3)
+    assert frame.image.dtype == np.uint8
     assert frame.image[:, -1].mean() > frame.image[:, 0].mean() + 200
 
 
@@ -150,8 +151,8 @@ def dicom(path: Path, pixels: npt.NDArray[np.generic], interpretation: str, **ta
     """Write an uncompressed DICOM picture or clip."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    meta.MediaStorageSOPClassUID = UltrasoundMultiFrameImageStorage
+    meta.MediaStorageSOPInstanceUID = UID("1.2.3")
     dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     colour = pixels.shape[-1] == 3
     shape = pixels.shape[:-1] if colour else pixels.shape
