@@ -54,7 +54,7 @@ def test_the_version(sonoedge: Run) -> None:
         (("verify",), "Missing argument 'BUNDLE' (see `sonoedge verify --help`)"),
         (("verify", "a", "b"), "Got unexpected extra argument"),
         (("verify", "a", "--colour"), "No such option: --colour"),
-        (("distill", "a"), "Missing option '--recipe' (see `sonoedge distill --help`)"),
+        (("distill", "a"), "Missing option '--data' (see `sonoedge distill --help`)"),
         (("evaluate", "a", "--frames", "many"), "Invalid value for '--frames'"),
         (("evaluate", "a", "--frames", "0"), "Invalid value for '--frames'"),
         (("ask", "tcp://127.0.0.1:1", "Which?", "--language", "fr"), "Invalid value for '--language'"),

@@ -19,6 +19,7 @@ app = typer.Typer(name="sonoedge", add_completion=False)
 
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint in the released format.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `build` made.", show_default=False)]
+Recipe = Annotated[Path | None, typer.Option(help="TOML file; else the packaged one.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
 TimeoutS = Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds of silence.")]
 
@@ -109,9 +110,9 @@ def parity(
 @app.command()
 def distill(
     checkpoint: Checkpoint,
-    recipe: Annotated[str, typer.Option(help="Recipe: a TOML file, or the name of a packaged one.")],
     data: Annotated[str, typer.Option(help="EchoVLM conversations (JSON), or `phantoms`.")],
     out: Annotated[Path, typer.Option(help="Folder for the student checkpoint.")],
+    recipe: Recipe = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a smaller student to answer as the checkpoint does."""
@@ -126,9 +127,7 @@ def build(
     profile: Annotated[str, typer.Option(help="Device profile: an id from `profiles`, or a TOML file.")],
     calibration: Annotated[str, typer.Option(help="EchoVLM conversations (JSON), or `phantoms`.")],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe: a TOML file or a packaged name; else the profile's own.")
-    ] = None,
+    recipe: Recipe = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint to INT8 for a device and write the bundle that the device serves."""
