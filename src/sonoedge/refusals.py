@@ -14,6 +14,7 @@ EXTRAS = {  # module that may be missing → the extra that brings it
     "onnxruntime": "cpu",
     "onnxscript": "export",
     "optimum": "export",
+    "psutil": "export",
     "safetensors": "export",
     "torch": "export",
     "transformers": "export",
