@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 RUNTIME = Path(__file__).parent.parent / "runtime"
-HEAVY = ("accelerate", "onnx", "onnx_ir", "onnxscript", "optimum", "safetensors", "torch", "transformers")
+HEAVY = ("accelerate", "onnx", "onnx_ir", "onnxscript", "optimum", "psutil", "safetensors", "torch", "transformers")
 PARTS_OF_THE_OTHER_HALF = ("sonoedge.export", "sonoedge.calibration")
 
 REPORT = f"""
