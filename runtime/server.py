@@ -129,7 +129,7 @@ class Server:
         try:
             work()
         except Exception as error:  # noqa: BLE001 (handed to `wait`, which raises it)
-            self.failure = error
+            self.failure = self.failure or error
             self.done.set()
 
     def _capture(self) -> None:

@@ -16,6 +16,8 @@ from sonoedge.runtime.protocol import Hint, State, Telemetry
 def run(endpoint: str, count: int | None, timeout_s: float | None, as_json: bool) -> None:
     """Show hints until `count` were seen or Ctrl-C; raises SonoEdgeError after `timeout_s` without one."""
     console = Console(highlight=False)
+    if not as_json:
+        Console(stderr=True, highlight=False).print(f"[dim]Hints of {endpoint}; Ctrl-C ends.[/]")
     try:
         if as_json:
             for message in _limited(endpoint, count, timeout_s):

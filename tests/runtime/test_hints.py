@@ -131,6 +131,12 @@ def test_answers_in_both_languages(tokenizer: Tokenizer, schema: HintSchema, sha
         assert not hint.abstain
 
 
+def test_a_feed_that_changes_size_keeps_its_hints(tokenizer: Tokenizer, schema: HintSchema, shade: Shade) -> None:
+    engine = HintEngine(FakeSession(tokenizer, schema), tokenizer, schema)
+    for size in ((60, 80), (120, 90), (60, 80), (28, 300)):
+        assert [hint.answer for hint in engine.hints(shade(255, 0, size))] == ["vessel", "poor", "absent"]
+
+
 def test_temperature_and_threshold_make_it_abstain(make_model: MakeModel, shade: Shade) -> None:
     calibration = {"region": HintCalibration(temperature=40.0, abstain_below=0.5)}
     region, quality, *_ = make_model(calibration=calibration).engine.hints(shade(0))

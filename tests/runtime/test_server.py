@@ -348,6 +348,17 @@ def test_a_source_that_breaks_ends_the_server(start_server: StartServer, make_so
         server.wait(30)
 
 
+def test_a_defect_on_the_io_thread_ends_the_server(
+    start_server: StartServer, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server(make_source())
+    monkeypatch.setattr(server._questions, "put", lambda question: 1 / 0)
+    with Client(server.requests_endpoint, timeout_s=0.5) as client, pytest.raises(SonoEdgeError, match="silent"):
+        client.answer("Fine?")
+    with pytest.raises(ZeroDivisionError):
+        server.wait(30)
+
+
 def test_a_second_server_on_the_same_endpoint_is_refused(
     start_server: StartServer, make_source: MakeSource, make_model: MakeModel, tmp_path: Path
 ) -> None:
