@@ -1,9 +1,11 @@
-"""Probabilities that can be trusted: one temperature a hint, fitted on frames that neither training nor calibration saw.
+"""Probabilities that can be trusted: a temperature a hint, fitted on frames that neither training nor ranges saw.
 
 Source: C. Guo et al., "On Calibration of Modern Neural Networks" (arXiv 1706.04599).
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +20,20 @@ BINS = 15
 def fit(scores: HintScores, least_accuracy: float) -> HintCalibration:
     """The temperature of least negative log-likelihood, and the probability below which the hint abstains.
 
-    `abstain_below` is the lowest confidence at which those answers that are at least as confident are right in a share of
-    `least_accuracy` or more of the frames; 1 when no confidence reaches it.
+    `abstain_below` is the lowest confidence at which those answers that are at least as confident are right in a share
+    of `least_accuracy` or more of the frames; 1 when no confidence reaches it.
     """
     losses = [negative_log_likelihood(scores, temperature) for temperature in TEMPERATURES]
     temperature = float(TEMPERATURES[int(np.argmin(losses))])
     confidence = probabilities(scores, temperature).max(axis=1)  # [n]
-    order = np.argsort(-confidence)
+    order = np.argsort(-confidence, kind="stable")
     share_right = np.cumsum(scores.correct[order]) / np.arange(1, order.size + 1)  # [n], of the most confident so far
-    reached = np.flatnonzero(share_right >= least_accuracy)
-    abstain_below = float(confidence[order[reached[-1]]]) if reached.size else 1.0
-    # All frames reach it: abstain only below anything seen here.
-    return HintCalibration(temperature=round(temperature, 4), abstain_below=round(min(abstain_below, 1.0), 4))
+    # Frames of equal confidence speak or stay silent together: only the last of them can be the limit.
+    last = np.append(np.diff(confidence[order]) != 0, True)  # [n]
+    reached = np.flatnonzero((share_right >= least_accuracy) & last)
+    limit = float(confidence[order[reached[-1]]]) if reached.size else 1.0
+    # Rounded down: rounded up to 1, it would silence a hint that is always sure.
+    return HintCalibration(temperature=round(temperature, 4), abstain_below=math.floor(limit * 1e4) / 1e4)
 
 
 def probabilities(scores: HintScores, temperature: float) -> npt.NDArray[np.float64]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,9 +18,10 @@ import numpy.typing as npt
 from sonoedge.calibration.phantom import KINDS, Truth, phantom
 from sonoedge.errors import SonoEdgeError
 from sonoedge.progress import track
-from sonoedge.runtime.preprocess import ImageSpec, Patches, preprocess, resized
+from sonoedge.runtime.preprocess import ImageSpec, Patches, preprocess, resized, smart_resize
 
-CHUNK = 250
+CHUNK = 250  # frames in one file
+RENDERED_PX = 224  # width and height of a phantom before it is resized for the model
 
 
 class LabelledFrame(msgspec.Struct, frozen=True):
@@ -38,7 +41,7 @@ class LabelledFrame(msgspec.Struct, frozen=True):
 
 
 class PhantomPool:
-    """Frames of consecutive seeds; `pool[i]` is seed `first_seed + i`, mirrored left to right when `mirror` is asked for."""
+    """Frames of consecutive seeds: `pool[i]` shows seed `first_seed + i`."""
 
     def __init__(
         self,
@@ -86,9 +89,9 @@ def mirror(frame: LabelledFrame) -> LabelledFrame:
     return LabelledFrame(np.ascontiguousarray(frame.grey[:, ::-1]), classes, truth)
 
 
-def render(seed: int, spec: ImageSpec, size: int = 224) -> LabelledFrame:
+def render(seed: int, spec: ImageSpec) -> LabelledFrame:
     """Render one phantom and bring it to the model's resolution with the runtime's own resize."""
-    frame = phantom(seed, size=size)
+    frame = phantom(seed, size=RENDERED_PX)
     grey = np.ascontiguousarray(resized(frame.image, spec)[..., 0])  # [S, S]
     grid = (grey.shape[1] // spec.patch_size, grey.shape[0] // spec.patch_size)
     cover = cv2.resize(frame.lesion_mask.astype(np.float32), grid, interpolation=cv2.INTER_AREA)  # [G, G]
@@ -101,21 +104,23 @@ def render(seed: int, spec: ImageSpec, size: int = 224) -> LabelledFrame:
 def phantom_pool(
     folder: Path, frames: int, *, first_seed: int, spec: ImageSpec, label: str = "render phantoms", workers: int = 0
 ) -> PhantomPool:
-    """Render `frames` phantoms from `first_seed` on into `folder`; chunks already there are kept, so a killed run resumes.
+    """Render `frames` phantoms from `first_seed` on into `folder`; chunks there are kept, so a killed run resumes.
 
-    Raises SonoEdgeError when `frames` is not positive.
+    Raises SonoEdgeError when `frames` is not positive, and for a chunk of another resolution or that is damaged.
     """
     if frames <= 0:
         raise SonoEdgeError(f"frames = {frames}: a pool needs at least one phantom frame")
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(first_seed, first_seed + frames, CHUNK)
     jobs = [(folder, start, min(CHUNK, first_seed + frames - start), spec) for start in starts]
-    with track(label, frames) as advance:
-        # Fresh processes: forking one that already runs OpenMP threads can deadlock.
-        with ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=get_context("spawn")) as pool:
-            for rendered in pool.map(_render_chunk, jobs):
-                advance(rendered)
-    chunks = [_read_chunk(_chunk_path(*job[:3])) for job in jobs]
+    missing = [job for job in jobs if not _chunk_path(*job[:3]).exists()]
+    # Fresh processes: forking one that already runs OpenMP threads can deadlock.
+    processes = ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=get_context("spawn"))
+    with track(label, frames) as advance, processes:
+        advance(frames - sum(job[2] for job in missing))
+        for rendered in processes.map(_render_chunk, missing):
+            advance(rendered)
+    chunks = [_read_chunk(_chunk_path(*job[:3]), spec) for job in jobs]
     return PhantomPool(
         first_seed,
         np.concatenate([chunk[0] for chunk in chunks]),
@@ -131,22 +136,31 @@ def _chunk_path(folder: Path, start: int, frames: int) -> Path:
 def _render_chunk(job: tuple[Path, int, int, ImageSpec]) -> int:
     folder, start, frames, spec = job
     path = _chunk_path(folder, start, frames)
-    if not path.exists():
-        cv2.setNumThreads(1)
-        rendered = [render(seed, spec) for seed in range(start, start + frames)]
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                grey=np.stack([frame.grey for frame in rendered]),
-                classes=np.stack([frame.lesion_classes for frame in rendered]),
-                truths=np.frombuffer(msgspec.msgpack.encode([frame.truth for frame in rendered]), np.uint8),
-            )
-        temporary.rename(path)
+    cv2.setNumThreads(1)
+    rendered = [render(seed, spec) for seed in range(start, start + frames)]
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            grey=np.stack([frame.grey for frame in rendered]),
+            classes=np.stack([frame.lesion_classes for frame in rendered]),
+            truths=np.frombuffer(msgspec.msgpack.encode([frame.truth for frame in rendered]), np.uint8),
+        )
+    temporary.rename(path)
     return frames
 
 
-def _read_chunk(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], list[Truth]]:
-    with np.load(path, allow_pickle=False) as data:
-        truths = msgspec.msgpack.decode(data["truths"].tobytes(), type=list[Truth])
-        return data["grey"], data["classes"], truths
+def _read_chunk(path: Path, spec: ImageSpec) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], list[Truth]]:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            truths = msgspec.msgpack.decode(data["truths"].tobytes(), type=list[Truth])
+            greys, classes = data["grey"], data["classes"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, msgspec.DecodeError) as error:
+        raise SonoEdgeError(f"{path} is damaged ({error}): remove it, so that it is rendered again") from error
+    size = smart_resize(RENDERED_PX, RENDERED_PX, spec)
+    if greys.shape[1:] != size:
+        raise SonoEdgeError(
+            f"{path} holds frames of {greys.shape[1:]} pixels and the model reads {size}: remove it, or "
+            "choose another folder"
+        )
+    return greys, classes, truths

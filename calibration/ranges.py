@@ -1,12 +1,14 @@
-"""Activation ranges: the largest absolute input that every quantizable product saw, and how many tokens each expert was given.
+"""Activation ranges: the largest absolute input that every quantizable product saw, and the tokens that experts got.
 
-optimum's calibrators read ranges from the tensors of an ONNX graph, where the hidden activation of one expert cannot be told from
-those of tokens that were never routed to it; here only routed tokens count, so ranges are measured on the torch model.
+optimum's calibrators read ranges from the tensors of an ONNX graph, where the hidden activation of one expert cannot be
+told from those of tokens that were never routed to it; here only routed tokens count, so ranges are measured on the
+torch model.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -49,24 +51,29 @@ class RangeTable(msgspec.Struct):
             for expert, count in enumerate(tokens):
                 if count < least:
                     raise SonoEdgeError(
-                        f"calibration gave {name}.{expert} only {count} tokens of the {least} that the recipe asks for: "
-                        "calibrate on more, or on more varied, frames"
+                        f"calibration gave {name}.{expert} only {count} tokens of the {least} that the recipe asks "
+                        "for: calibrate on more, or on more varied, frames"
                     )
 
 
 @contextmanager
-def observe(inputs: Mapping[str, nn.Module], outputs: Mapping[str, nn.Module], mixtures: Mapping[str, nn.Module]) -> Iterator[RangeTable]:
+def observe(
+    inputs: Mapping[str, nn.Module], outputs: Mapping[str, nn.Module], mixtures: Mapping[str, nn.Module]
+) -> Iterator[RangeTable]:
     """Fill the table while the enclosed code runs the model.
 
-    inputs: the first argument of these modules is the input of the product of that name; outputs: their result is. mixtures: name of
-    the experts to the module that routes to them. Raises SonoEdgeError naming the product whose activations are not finite.
+    inputs: the first argument of these modules is the input of the product of that name; outputs: their result is.
+    mixtures: name of the experts to the module that routes to them. Raises SonoEdgeError naming the product whose
+    activations are not finite.
     """
     table = RangeTable(0, {}, {name: [] for name in mixtures})
 
     def note(name: str, value: Tensor) -> None:
         largest = float(value.detach().abs().max())
-        if largest != largest or largest == float("inf"):
-            raise SonoEdgeError(f"the input of {name} is not finite: check the checkpoint's weights and the calibration frames")
+        if not math.isfinite(largest):
+            raise SonoEdgeError(
+                f"the input of {name} is not finite: check the checkpoint's weights and the calibration frames"
+            )
         table.input_maximum[name] = max(table.input_maximum.get(name, 0.0), largest)
 
     def note_input(name: str):  # type: ignore[no-untyped-def]  # torch types its hooks as Callable[..., Any]

@@ -32,7 +32,8 @@ class HintScores(msgspec.Struct, frozen=True):
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
         """Whether the likeliest candidate is right, [n]."""
-        return self.scores.argmax(axis=1) == self.right
+        right: npt.NDArray[np.bool_] = self.scores.argmax(axis=1) == self.right
+        return right
 
 
 class ScoredFrames(msgspec.Struct, frozen=True):
@@ -49,17 +50,23 @@ class ScoredFrames(msgspec.Struct, frozen=True):
 
     def strata(self) -> dict[str, dict[str, float]]:
         """Accuracy by image quality, and of lesion questions by lesion size; an empty stratum is left out."""
-        small = np.array([t.lesion is not None and t.lesion.radius_px * 224 / t.size < SMALL_RADIUS_PX for t in self.truths])
+        small = np.array(
+            [t.lesion is not None and t.lesion.radius_px * 224 / t.size < SMALL_RADIUS_PX for t in self.truths]
+        )
         large = np.array([t.lesion is not None for t in self.truths]) & ~small
         poor = np.array([t.quality == "poor" for t in self.truths])
         groups = {"good frames": ~poor, "poor frames": poor, "small lesions": small, "large lesions": large}
         return {
-            label: {name: float(h.correct[mask[h.frames]].mean()) for name, h in self.hints.items() if mask[h.frames].any()}
+            label: {
+                name: float(h.correct[mask[h.frames]].mean()) for name, h in self.hints.items() if mask[h.frames].any()
+            }
             for label, mask in groups.items()
         }
 
 
-def score_pool(session: Session, tokenizer: Tokenizer, pool: PhantomPool, label: str, schema: HintSchema | None = None) -> ScoredFrames:
+def score_pool(
+    session: Session, tokenizer: Tokenizer, pool: PhantomPool, label: str, schema: HintSchema | None = None
+) -> ScoredFrames:
     """Score every hint on every frame of the pool; the frames need not be seen by anything before."""
     schema = schema or load_schema()
     engine = HintEngine(session, tokenizer, schema)

@@ -1,4 +1,4 @@
-"""The load-balance loss that keeps every expert in use (Switch Transformer, arXiv 2101.03961, equation 4, for top-k routing)."""
+"""The load-balance loss that keeps every expert in use (Switch Transformer, arXiv 2101.03961, equation 4; here top-k)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def balance_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
-    """1 when tokens spread evenly over the experts, up to E / k when they crowd; router_logits: layers of [..., experts]."""
+    """1 when tokens spread evenly over the experts, up to E / k when they crowd; router_logits: of layers, [..., E]."""
     losses = []
     for logits in router_logits:
         experts = logits.shape[-1]

@@ -1,40 +1,50 @@
-"""What a checkpoint folder says beside its weights: how pictures are prepared, and whether its weights are random."""
+"""What a checkpoint folder says beside its weights: how pictures are prepared, and how text becomes tokens."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
+from sonoedge.bundle import TOKENIZER_FILE
 from sonoedge.errors import SonoEdgeError
+from sonoedge.export.models.config import ModelConfig
 from sonoedge.runtime.preprocess import ImageSpec
+from sonoedge.runtime.tokens import Tokenizer
 
-ECHOVLM_MAX_PIXELS = 196 * 28 * 28  # what EchoVLM was trained with; a checkpoint may set fewer, never the processor's default
+# What EchoVLM was trained with; a checkpoint may set fewer, never the processor's default.
+ECHOVLM_MAX_PIXELS = 196 * 28 * 28
+
+Count = Annotated[int, msgspec.Meta(gt=0)]
+Deviation = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class _Preprocessor(msgspec.Struct):
     """The keys of preprocessor_config.json that fix the patches."""
 
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    min_pixels: int = 4 * 28 * 28
-    max_pixels: int = ECHOVLM_MAX_PIXELS
+    patch_size: Count = 14
+    temporal_patch_size: Count = 2
+    merge_size: Count = 2
+    min_pixels: Count = 4 * 28 * 28
+    max_pixels: Count = ECHOVLM_MAX_PIXELS
     image_mean: tuple[float, float, float] = ImageSpec().mean
-    image_std: tuple[float, float, float] = ImageSpec().std
+    image_std: tuple[Deviation, Deviation, Deviation] = ImageSpec().std
 
 
 def image_spec(checkpoint: Path) -> ImageSpec:
-    """How the checkpoint wants its pictures; raises SonoEdgeError when preprocessor_config.json contradicts itself."""
+    """How the checkpoint wants its pictures; raises SonoEdgeError when preprocessor_config.json is wrong."""
     path = checkpoint / "preprocessor_config.json"
     try:
         read = msgspec.json.decode(path.read_bytes(), type=_Preprocessor) if path.exists() else _Preprocessor()
-    except msgspec.DecodeError as error:
-        raise SonoEdgeError(f"{path} cannot be read ({error}): copy it from the checkpoint again") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SonoEdgeError(f"{path} cannot be read ({error}): copy it from the checkpoint again") from error
     smallest = (read.patch_size * read.merge_size) ** 2
     max_pixels = min(read.max_pixels, ECHOVLM_MAX_PIXELS)
-    if not smallest <= max_pixels or not 0 < read.min_pixels:
-        raise SonoEdgeError(f"{path}: max_pixels = {read.max_pixels} is less than one merged patch of {smallest}: correct it")
+    if max_pixels < smallest:
+        raise SonoEdgeError(
+            f"{path}: max_pixels = {read.max_pixels} and one merged patch has {smallest}: allow at least one"
+        )
     return ImageSpec(
         patch_size=read.patch_size,
         temporal_patch_size=read.temporal_patch_size,
@@ -44,3 +54,19 @@ def image_spec(checkpoint: Path) -> ImageSpec:
         mean=read.image_mean,
         std=read.image_std,
     )
+
+
+def open_tokenizer(checkpoint: Path, config: ModelConfig) -> Tokenizer:
+    """The checkpoint's tokenizer; raises SonoEdgeError when it is missing or is not the one the model was made with."""
+    path = checkpoint / TOKENIZER_FILE
+    tokenizer = Tokenizer.from_file(path)
+    if len(tokenizer) > config.vocab_size:
+        raise SonoEdgeError(
+            f"{path} has {len(tokenizer)} tokens and vocab_size = {config.vocab_size}: use the files of one checkpoint"
+        )
+    if tokenizer.image_pad != config.image_token_id:
+        raise SonoEdgeError(
+            f"{path} has <|image_pad|> at {tokenizer.image_pad} and image_token_id = {config.image_token_id}: "
+            "use the files of one checkpoint"
+        )
+    return tokenizer

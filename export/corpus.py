@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import cv2
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.lessons import branches
 from sonoedge.export.packing import Branch, Grid, PackedBatch, Packer
 from sonoedge.runtime.preprocess import ImageSpec, Patches, preprocess
+from sonoedge.runtime.sources.pictures import read_picture
 from sonoedge.runtime.tokens import Tokenizer
 
 
@@ -33,10 +32,13 @@ class Sample(msgspec.Struct, frozen=True):
 class Corpus(Protocol):
     """Samples that can be drawn by index."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """How many samples there are."""
+        ...
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Sample `index`, its variations drawn by `rng`."""
+        ...
 
 
 class PhantomCorpus:
@@ -54,16 +56,19 @@ class PhantomCorpus:
 
 
 class ConversationCorpus:
-    """The cases of a conversation file in EchoVLM's format; each exchange is a branch of its own."""
+    """The cases of a conversation file in EchoVLM's format, each with an image; every exchange is a branch of its own."""
 
     def __init__(self, path: Path, spec: ImageSpec) -> None:
         self._cases: Sequence[Conversation] = read_conversations(path)
         self._spec = spec
+        for case in self._cases:
+            if not case.image:
+                raise SonoEdgeError(f"conversations {path}: case {case.id!r} has no image: add one, or remove the case")
 
     def __len__(self) -> int:
         return len(self._cases)
 
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:  # noqa: ARG002 (a file's cases do not vary)
         case = self._cases[index]
         images = tuple(preprocess(read_picture(Path(path)), self._spec) for path in case.image)
         asked = tuple(Branch(question.replace(IMAGE_MARK, "").strip(), answer) for question, answer in case.exchanges)
@@ -81,13 +86,15 @@ class Batch(msgspec.Struct, frozen=True):
 class Batches:
     """Endless seeded batches of a corpus; the batch of a step depends on the seed and the step alone."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, spec: ImageSpec, *, size: int, seed: int, context: int) -> None:
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, spec: ImageSpec, *, size: int, seed: int, context: int
+    ) -> None:
         self._corpus, self._tokenizer, self._spec = corpus, tokenizer, spec
         self._size, self._seed, self._context = size, seed, context
         self._packers: dict[tuple[Grid, ...], Packer] = {}
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`: the largest group of equal image grids among twice as many samples drawn, where they differ."""
+        """The batch of `step`: where image grids differ, the largest equal group among twice as many samples drawn."""
         rng = np.random.default_rng([self._seed, step])
         groups: dict[tuple[Grid, ...], list[Sample]] = defaultdict(list)
         for index in rng.integers(len(self._corpus), size=2 * self._size):
@@ -111,15 +118,6 @@ class Batches:
         """The batches of steps `first` up to and without `last`."""
         for step in range(first, last):
             yield step, self.batch(step)
-
-
-def read_picture(path: Path) -> npt.NDArray[np.uint8]:
-    """An image file as uint8 [height, width, 3] RGB; raises SonoEdgeError when it is none."""
-    data = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8)
-    picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if picture is None:
-        raise SonoEdgeError(f"{path} is not an image that can be read: remove it from the data or repair it")
-    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None) -> Corpus:

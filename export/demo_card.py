@@ -18,8 +18,7 @@ class Training(msgspec.Struct, frozen=True):
     """What the training run measured of itself."""
 
     parameters: int
-    training_minutes: float
-    cpu_minutes: float  # summed over the cores
+    minutes: float  # wall time in training steps
 
 
 def write_card(folder: Path, recipe: TeacherRecipe, training: Training, scored: ScoredFrames) -> None:
@@ -58,8 +57,8 @@ trained on computer-made phantoms only. It exists so that SonoEdge can be tried,
 `make demo-checkpoint`: {recipe.frames:,} phantom frames of seven regions (seeds from {recipe.first_frame_seed:,}), each also mirrored; first
 the vision tower alone on what every patch shows ({recipe.vision.steps} steps of {recipe.vision.batch}), then the whole model on questions in
 either language and reports, the patch targets kept at {recipe.joint.dense_weight:g} ({recipe.joint.steps} steps of {recipe.joint.batch}). Recipe:
-`export/recipes/demo-teacher.toml`, seed {recipe.seed}. The run recorded here spent {training.training_minutes:.1f} minutes of wall time in training steps and
-{training.cpu_minutes:.1f} CPU minutes in all on two cores of an {platform.machine()} machine.
+`export/recipes/demo-teacher.toml`, seed {recipe.seed}. Its training steps took
+{training.minutes:.0f} minutes of wall time on two cores of an {platform.machine()} machine that other work shared.
 
 ## What it answers rightly
 

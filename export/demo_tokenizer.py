@@ -1,4 +1,4 @@
-"""The demo checkpoint's tokenizer: a small byte-level BPE with Qwen2-VL's special tokens, trained on what phantoms are asked."""
+"""The demo checkpoint's tokenizer: a small byte-level BPE with Qwen2-VL's special tokens, trained on phantoms' texts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from sonoedge.export.lessons import branches
 from sonoedge.runtime.prompt import SYSTEM
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
     "<|video_pad|>",
-)  # fmt: skip
+)
 # Qwen2's own split: contractions, words, single digits, punctuation, spaces.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +31,7 @@ SPLIT = (
 
 
 def train_tokenizer(truths: Sequence[Truth], vocabulary: int, seed: int) -> tokenizers.Tokenizer:
-    """Train on the questions, answers and reports of `truths` and on the system prompts; the same input gives the same bytes."""
+    """Train on the questions, answers and reports of `truths` and on the system prompts; equal inputs give equal bytes."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

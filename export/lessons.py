@@ -1,4 +1,4 @@
-"""What is asked about a phantom in training: its closed questions in either language, a choice to make, a report to write."""
+"""What is asked about a phantom in training: its closed questions in either language, and now and then a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CANONICAL_SHARE = 0.5
 
 
 def branches(truth: Truth, rng: np.random.Generator) -> list[Branch]:
-    """The questions about one frame, each in a language drawn by `rng`, half in the wording that the hints use."""
+    """The questions about one frame, each in a language drawn by `rng`, most in the wording that the hints use."""
     drawn = []
     for index in range(5):
         language = LANGUAGES[int(rng.integers(2))]

@@ -1,6 +1,7 @@
-"""Several questions about one image packed behind one shared prefix: each branch sees the prefix and itself, never its neighbours.
+"""Several questions about one image behind a shared prefix: each branch sees the prefix and itself, not its neighbours.
 
-This is the very arrangement in which the runtime scores hints, so a model trained on packed samples meets nothing new there.
+This is the very arrangement in which the runtime scores hints, so a model trained on packed samples meets nothing new
+there.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.positions import mrope_positions
+from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.prompt import HINT_LANGUAGE, answer_ids, prefix_ids, question_ids
 from sonoedge.runtime.tokens import Tokenizer
 
@@ -53,13 +54,14 @@ class Packer:
         )
 
     def pack(self, samples: Sequence[Sequence[Branch]], *, context: int) -> PackedBatch:
-        """Pack one list of branches an image; raises SonoEdgeError when an image's branches do not fit `context` tokens."""
+        """Pack a list of branches for each sample; raises SonoEdgeError when one does not fit `context` tokens."""
         encoded = [[self._encode(branch) for branch in branches] for branches in samples]
         lengths = [self.prefix.size + sum(ids.size for ids, _ in branches) for branches in encoded]
         longest = max(lengths)
         if longest > context:
             raise SonoEdgeError(
-                f"a packed sample has {longest} tokens and the context holds {context}; ask fewer questions an image"
+                f"a sample with its images and questions has {longest} tokens and limits.context = {context}: raise it "
+                "in the recipe, or shorten the sample"
             )
         batch, prefix = len(samples), self.prefix.size
         ids = np.full((batch, longest), self.tokenizer.eos, np.int64)

@@ -37,7 +37,7 @@ from sonoedge.progress import track
 from sonoedge.runtime.tokens import Tokenizer
 
 SAVE_EVERY_STEPS = 100
-EVALUATION_FRAMES = 2000
+EVALUATION_FRAMES = 1000
 RECIPE = Path(__file__).parent / "recipes" / "demo-teacher.toml"
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 
@@ -197,8 +197,7 @@ def main() -> None:
     session, tokenizer = open_model(fresh)
     pool = phantom_pool(work / "evaluation", EVALUATION_FRAMES, first_seed=FIRST_FRAME_SEED, spec=session.image)
     scored = score_pool(session, tokenizer, pool, "score")
-    cpu_seconds = time.process_time() + sum(os.times()[2:4])
-    write_card(fresh, recipe, Training(sum(p.numel() for p in model.parameters()), seconds / 60, cpu_seconds / 60), scored)
+    write_card(fresh, recipe, Training(sum(p.numel() for p in model.parameters()), seconds / 60), scored)
     print_accuracy({"all frames": scored.accuracy(), **scored.strata()}, f"{EVALUATION_FRAMES} fresh phantoms")
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(fresh, out)
