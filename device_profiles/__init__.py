@@ -1,12 +1,12 @@
 """Known devices, one TOML file each, and the user's own files in the same form."""
 
-import re
 from pathlib import Path
 
 import msgspec
 
 from sonoedge.device_profiles.schema import Profile, check_sources
 from sonoedge.errors import SonoEdgeError
+from sonoedge.explain import explain
 
 __all__ = ["Profile", "list_profiles", "load_profile"]
 
@@ -41,26 +41,9 @@ def _read(path: Path) -> Profile:
     except OSError as error:
         raise SonoEdgeError(f"{path} cannot be read ({error.strerror}): name a profile, or a TOML file") from error
     except msgspec.ValidationError as error:
-        raise SonoEdgeError(f"{path}: {_explain(str(error), raw)}: correct the file") from error
+        raise SonoEdgeError(f"{path}: {explain(str(error), raw)}: correct the file") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SonoEdgeError(f"{path} is not TOML ({error}): correct the file") from error
     except SonoEdgeError as error:
         raise SonoEdgeError(f"{path}: {error}") from error
     return profile
-
-
-def _explain(message: str, raw: object) -> str:
-    """Word msgspec's "… - at `$.key`" with the value that stands there."""
-    reason, _, place = message.partition(" - at `$")
-    place = place.rstrip("`")
-    value = raw
-    for name, index in re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", place):
-        match value:
-            case dict():
-                value = value.get(name)
-            case list() if index and int(index) < len(value):
-                value = value[int(index)]
-    key = place.lstrip(".")
-    if not key or isinstance(value, dict | list):
-        return f"{key}: {reason}" if key else reason
-    return f"{key} = {value!r}: {reason}"

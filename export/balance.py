@@ -1,4 +1,4 @@
-"""The load-balance loss that keeps every expert in use (Switch Transformer, arXiv 2101.03961, equation 4; here top-k)."""
+"""The load-balance loss that keeps all experts in use (Switch Transformer, arXiv 2101.03961, equation 4, for top k)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the graphs of a bundle: vision, the decoder for ONNX Runtime and the portable decoder, over one file of weights."""
+"""Writes a bundle's graphs: vision, the decoder for ONNX Runtime and the portable one, over one file of weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ WEIGHTS = "decoder.weights"  # beside the graphs, shared by both decoders
 EXTERNAL_BYTES = 1024
 
 
-def write_graphs(model: EchoVLM, plan: QuantizationPlan, context: int, writer: BundleWriter) -> tuple[tuple[Graph, ...], dict[str, StageCost]]:
-    """Export, quantize and write every graph; gives what the manifest lists, with the bytes of weights a stage reads."""
+def write_graphs(
+    model: EchoVLM, plan: QuantizationPlan, context: int, writer: BundleWriter
+) -> tuple[tuple[Graph, ...], dict[str, StageCost]]:
+    """Export, quantize and write every graph; gives what the manifest lists, and the bytes of weights a stage reads."""
     with track("export graphs", 3) as advance:
         vision = export_vision(model)
         lower(vision, plan)
@@ -45,16 +47,23 @@ def write_graphs(model: EchoVLM, plan: QuantizationPlan, context: int, writer: B
 
 
 def _share_weights(model: ir.Model, other: Path) -> None:
-    """Point the large weights of `model` at those that the graph `other` stored outside itself, equal by name and content."""
+    """Point the large weights of `model` at those that the graph `other` stored outside itself under the same names."""
     stored = ir.load(other).graph.initializers
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.nbytes < EXTERNAL_BYTES or name not in stored:
             continue
         external = stored[name].const_value
-        assert isinstance(external, ir.ExternalTensor) and external.tobytes() == tensor.tobytes(), name
+        assert isinstance(external, ir.ExternalTensor), name
+        assert external.tobytes() == tensor.tobytes(), name
         value.const_value = ir.ExternalTensor(
-            external.location, external.offset, external.length, external.dtype, shape=external.shape, name=name, base_dir=other.parent
+            external.location,
+            external.offset,
+            external.length,
+            external.dtype,
+            shape=external.shape,
+            name=name,
+            base_dir=other.parent,
         )
 
 

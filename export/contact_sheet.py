@@ -50,8 +50,8 @@ class Tile(msgspec.Struct, frozen=True):
 
 
 def write_contact_sheet(rows: Mapping[str, Sequence[Tile]], path: Path, title: str) -> None:
-    """Write a PNG with one row of tiles a clip, each row under its name."""
-    lines = max(len(tile.hints) for tiles in rows.values() for tile in tiles) + 1
+    """Write a PNG with one row of tiles a clip, each row under its name; the first four tiles of a row are drawn."""
+    lines = max((len(tile.hints) for tiles in rows.values() for tile in tiles), default=0) + 1
     height = TILE + lines * LINE + 10
     strips = [_heading(title, COLUMNS * (TILE + 8), 34, 0.62)]
     for name, tiles in rows.items():
@@ -60,7 +60,9 @@ def write_contact_sheet(rows: Mapping[str, Sequence[Tile]], path: Path, title: s
         for column, tile in enumerate(tiles[:COLUMNS]):
             _draw(strip, tile, column * (TILE + 8) + 4)
         strips.append(strip)
-    cv2.imwrite(str(path), cv2.cvtColor(np.vstack(strips), cv2.COLOR_RGB2BGR))
+    # Not imwrite, which says nothing when it cannot write.
+    _, png = cv2.imencode(".png", cv2.cvtColor(np.vstack(strips), cv2.COLOR_RGB2BGR))
+    path.write_bytes(png.tobytes())
 
 
 def _draw(strip: npt.NDArray[np.uint8], tile: Tile, left: int) -> None:

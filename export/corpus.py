@@ -56,7 +56,7 @@ class PhantomCorpus:
 
 
 class ConversationCorpus:
-    """The cases of a conversation file in EchoVLM's format, each with an image; every exchange is a branch of its own."""
+    """The cases of a conversation file in EchoVLM's format, each with an image; every exchange is its own branch."""
 
     def __init__(self, path: Path, spec: ImageSpec) -> None:
         self._cases: Sequence[Conversation] = read_conversations(path)
@@ -81,6 +81,10 @@ class Batch(msgspec.Struct, frozen=True):
     patches: Tensor  # float32 [B · images · patches, 1176]
     grids: list[Grid]  # of every image
     packed: PackedBatch
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        return Batch(self.patches.to(device), self.grids, self.packed.to(device))
 
 
 class Batches:

@@ -1,4 +1,4 @@
-"""The demo checkpoint's tokenizer: a small byte-level BPE with Qwen2-VL's special tokens, trained on phantoms' texts."""
+"""The demo checkpoint's tokenizer: a small byte-level BPE with Qwen2-VL's special tokens, trained on phantom texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLIT = (
 
 
 def train_tokenizer(truths: Sequence[Truth], vocabulary: int, seed: int) -> tokenizers.Tokenizer:
-    """Train on the questions, answers and reports of `truths` and on the system prompts; equal inputs give equal bytes."""
+    """Train on the questions, answers and reports of `truths` and the system prompts; equal inputs give equal bytes."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,7 +1,7 @@
 """`sonoedge distill`: a student cut from its teacher learns to answer, and to see, as the teacher does.
 
-Source: G. Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531); image tokens are matched as well, since
-the vision tower is what a small student loses first.
+Source: G. Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531); image tokens are matched as
+well, since the vision tower is what a small student loses first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch.nn import functional
 from sonoedge.calibration.pool import PhantomPool, phantom_pool
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.balance import balance_loss
-from sonoedge.export.checkpoint_files import image_spec
+from sonoedge.export.checkpoint_files import image_spec, open_tokenizer
 from sonoedge.export.corpus import Batch, Batches, Corpus, open_corpus
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
+from sonoedge.export.models.saving import TOKENIZER_FILES
 from sonoedge.export.packing import IGNORE
 from sonoedge.export.recipe import Distillation, Recipe, load_recipe
 from sonoedge.export.student import cut_student
@@ -32,7 +33,10 @@ from sonoedge.runtime.tokens import Tokenizer
 
 
 def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSpec, recipe: Recipe) -> EchoVLM:
-    """Cut the recipe's student from `teacher` and train it on `corpus`; the same inputs give the same student on one machine."""
+    """Cut the recipe's student from `teacher` and train it on `corpus`; equal inputs give equal students on a machine.
+
+    Raises SonoEdgeError when the loss is not finite, and as `cut_student` does.
+    """
     settings = recipe.distill
     torch.manual_seed(settings.seed)
     student = cut_student(teacher, recipe.student)
@@ -45,10 +49,12 @@ def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSp
     student.train()
     with track("distil the student", settings.steps) as advance:
         for step, batch in batches.steps(0, settings.steps):
-            losses = _losses(student, teacher, batch, settings)
+            losses = _losses(student, teacher, batch.to(accelerator.device), settings)
             total = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
             if not torch.isfinite(total):
-                raise SonoEdgeError(f"the loss is {total.item()} at step {step}: lower distill.learning_rate in the recipe")
+                raise SonoEdgeError(
+                    f"the loss is {total.item()} at step {step}: lower distill.learning_rate in the recipe"
+                )
             accelerator.backward(total)
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             optimiser.step()
@@ -59,20 +65,31 @@ def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSp
     return trained
 
 
-def _losses(student: nn.Module, teacher: EchoVLM, batch: Batch, settings: Distillation) -> dict[str, tuple[float, Tensor]]:
+def _losses(
+    student: EchoVLM, teacher: EchoVLM, batch: Batch, settings: Distillation
+) -> dict[str, tuple[float, Tensor]]:
     """Every loss of one batch with its weight."""
+    assert teacher.config.moe is not None  # cut_student refuses a teacher without experts
     packed = batch.packed
     rows = packed.labels != IGNORE  # [B, S]
     with torch.no_grad():
         taught_embeds = teacher.encode_images(batch.patches, batch.grids)  # [merged, hidden]
         taught = teacher(
-            packed.input_ids, packed.positions, image_embeds=taught_embeds, attention_bias=packed.attention_bias, logits_rows=rows
+            packed.input_ids,
+            packed.positions,
+            image_embeds=taught_embeds,
+            attention_bias=packed.attention_bias,
+            logits_rows=rows,
         ).logits  # [answers, vocab]
     embeds = student.encode_images(batch.patches, batch.grids)
     output = student(
-        packed.input_ids, packed.positions, image_embeds=embeds, attention_bias=packed.attention_bias, logits_rows=rows,
+        packed.input_ids,
+        packed.positions,
+        image_embeds=embeds,
+        attention_bias=packed.attention_bias,
+        logits_rows=rows,
         collect_router=True,
-    )  # fmt: skip
+    )
     heat = settings.temperature
     return {
         "answers": (settings.answer_weight, functional.cross_entropy(output.logits, packed.labels[rows])),
@@ -86,7 +103,10 @@ def _losses(student: nn.Module, teacher: EchoVLM, batch: Batch, settings: Distil
             ),
         ),
         "embeds": (settings.embeds_weight, functional.mse_loss(embeds, taught_embeds) / taught_embeds.var()),
-        "balance": (settings.balance_weight, balance_loss(output.router_logits, teacher.config.moe.num_experts_per_tok)),  # type: ignore[union-attr]  # cut_student refuses a teacher without experts
+        "balance": (
+            settings.balance_weight,
+            balance_loss(output.router_logits, teacher.config.moe.num_experts_per_tok),
+        ),
     }
 
 
@@ -100,16 +120,20 @@ def _schedule(settings: Distillation, step: int) -> float:
 
 def distillation_pool(folder: Path, spec: ImageSpec, settings: Distillation) -> PhantomPool:
     """The phantoms that the recipe distils on."""
-    return phantom_pool(folder, settings.frames, first_seed=settings.first_frame_seed, spec=spec, label="render training phantoms")
+    label = "render training phantoms"
+    return phantom_pool(folder, settings.frames, first_seed=settings.first_frame_seed, spec=spec, label=label)
 
 
-def run(checkpoint: Path, recipe: Path | None, data: str, out: Path, as_json: bool) -> None:
+def run(checkpoint: Path, recipe: str | None, data: str, out: Path, as_json: bool) -> None:
     """The verb: distil CHECKPOINT into OUT, a checkpoint of the same format."""
     settings = load_recipe(recipe)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SonoEdgeError(f"{out} exists and is not an empty folder: choose another --out or remove it")
     teacher = load_checkpoint(checkpoint)
-    tokenizer = Tokenizer.from_file(checkpoint / "tokenizer.json")
+    tokenizer = open_tokenizer(checkpoint, teacher.config)
+    for name in TOKENIZER_FILES:  # the student takes them over: refused now, not after minutes of training
+        if not (checkpoint / name).is_file():
+            raise SonoEdgeError(f"{checkpoint / name} does not exist: copy it from the checkpoint again")
     spec = image_spec(checkpoint)
     with TemporaryDirectory(prefix="sonoedge-") as work:
         pool = distillation_pool(Path(work), spec, settings.distill) if data == "phantoms" else None

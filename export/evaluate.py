@@ -13,7 +13,7 @@ from sonoedge.bundle import MANIFEST_FILE, TOKENIZER_FILE, open_bundle
 from sonoedge.calibration.pool import phantom_pool
 from sonoedge.calibration.scores import ScoredFrames, score_pool
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.checkpoint_files import image_spec
+from sonoedge.export.checkpoint_files import image_spec, open_tokenizer
 from sonoedge.export.models.loading import load_checkpoint
 from sonoedge.export.torch_session import TorchSession
 from sonoedge.runtime.sessions.base import Session
@@ -30,21 +30,25 @@ def open_model(path: Path) -> tuple[Session, Tokenizer]:
     if (path / MANIFEST_FILE).exists():
         return open_session(open_bundle(path)), Tokenizer.from_file(path / TOKENIZER_FILE)
     model = load_checkpoint(path)
+    tokenizer = open_tokenizer(path, model.config)
     context = min(CONTEXT, model.config.max_position_embeddings)
-    return TorchSession(model, image_spec(path), context), Tokenizer.from_file(path / TOKENIZER_FILE)
+    return TorchSession(model, image_spec(path), context), tokenizer
 
 
 def run(model: Path, data: str, frames: int, as_json: bool) -> None:
     """The verb: accuracy by question, by image quality and by lesion size, on `frames` phantoms."""
     if data != "phantoms":
-        raise SonoEdgeError(f"--data {data!r}: closed questions are scored on phantoms only, whose truth is known; give --data phantoms")
+        raise SonoEdgeError(
+            f"--data {data!r}: closed questions are scored on phantoms only, whose truth is known: give --data phantoms"
+        )
     session, tokenizer = open_model(model)
     with TemporaryDirectory(prefix="sonoedge-") as work:
         pool = phantom_pool(Path(work), frames, first_seed=FIRST_FRAME_SEED, spec=session.image)
         scored = score_pool(session, tokenizer, pool, "score")
     session.close()
     if as_json:
-        print(msgspec.json.encode({"frames": frames, "accuracy": scored.accuracy(), "strata": scored.strata()}).decode())
+        result = {"frames": frames, "accuracy": scored.accuracy(), "strata": scored.strata()}
+        print(msgspec.json.encode(result).decode())
         return
     print_accuracy({"all frames": scored.accuracy(), **scored.strata()}, f"{model.name}: {frames} fresh phantoms")
 

@@ -1,4 +1,4 @@
-"""The model as ONNX graphs: one for the vision tower, one for the decoder with its KV cache, both exported from the torch definition."""
+"""The model as ONNX graphs, exported from the torch definition: the vision tower, and the decoder with its KV cache."""
 
 from __future__ import annotations
 
@@ -65,18 +65,26 @@ class DecoderGraph(nn.Module):
         for index, layer in enumerate(self.model.model.layers):
             past_key, past_value = past[2 * index], past[2 * index + 1]
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, past_key: Tensor = past_key, past_value: Tensor = past_value) -> Tensor:
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, past_key: Tensor = past_key, past_value: Tensor = past_value
+            ) -> Tensor:
                 if self.kind is Attention.STANDARD:
                     key = torch.cat((past_key, k.transpose(1, 2)), dim=2)
                     value = torch.cat((past_value, v.transpose(1, 2)), dim=2)
                     present.extend((key, value))
                     return attention(q.transpose(1, 2), key, value, attention_bias).transpose(1, 2)
+                flat = (q.flatten(2), k.flatten(2), v.flatten(2))  # [1, S, heads · D]
+                unused = (None, None, None)  # rotary tables and position ids: positions are rotated above
                 mixed, key, value = torch.onnx.ops.symbolic_multi_out(
                     self.kind.value,
-                    (q.flatten(2), k.flatten(2), v.flatten(2), past_key, past_value, last_token, total_tokens, None, None, None, attention_bias),
-                    {"num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads, "do_rotary": 0},
-                    dtypes=(x.dtype, x.dtype, x.dtype),
-                    shapes=(q.flatten(2).shape, past_key.shape, past_value.shape),
+                    (*flat, past_key, past_value, last_token, total_tokens, *unused, attention_bias),
+                    {
+                        "num_heads": config.num_attention_heads,
+                        "kv_num_heads": config.num_key_value_heads,
+                        "do_rotary": 0,
+                    },
+                    dtypes=(q.dtype, q.dtype, q.dtype),
+                    shapes=(flat[0].shape, past_key.shape, past_value.shape),
                     version=1,
                 )
                 present.extend((key, value))
@@ -103,7 +111,10 @@ def export_vision(model: EchoVLM) -> ir.Model:
 
 
 def export_decoder(model: EchoVLM, kind: Attention, context: int) -> ir.Model:
-    """The decoder as a marked graph; inputs and outputs are named as `DecoderGraph.forward` and `past_key_N`, `present_key_N`, … say."""
+    """The decoder as a marked graph, inputs named as those of `DecoderGraph.forward`; `context`: the cache's tokens.
+
+    The cache goes in as `past_key_N`, `past_value_N` and comes out as `present_key_N`, `present_value_N`.
+    """
     config = model.config
     layers, seen, new = config.num_hidden_layers, 5, 3
     held = context if kind is Attention.IN_PLACE else seen
@@ -120,7 +131,16 @@ def export_decoder(model: EchoVLM, kind: Attention, context: int) -> ir.Model:
     )
     dynamic = torch.export.Dim.DYNAMIC
     grown: list[dict[int, object]] = [{2: dynamic} if kind is Attention.STANDARD else {} for _ in cache]
-    shapes = ({1: dynamic}, {2: dynamic}, {0: dynamic}, {2: dynamic, 3: dynamic}, {0: dynamic}, {}, {}, grown)
+    shapes: tuple[object, ...] = (
+        {1: dynamic},
+        {2: dynamic},
+        {0: dynamic},
+        {2: dynamic, 3: dynamic},
+        {0: dynamic},
+        {},
+        {},
+        grown,
+    )
     names = [f"{part}_{index}" for index in range(layers) for part in ("key", "value")]
     inputs = ["input_ids", "positions", "image_embeds", "attention_bias", "logits_rows", "last_token", "total_tokens"]
     return _export(
@@ -132,13 +152,22 @@ def export_decoder(model: EchoVLM, kind: Attention, context: int) -> ir.Model:
     )
 
 
-def _export(module: nn.Module, arguments: tuple[object, ...], shapes: tuple[object, ...], inputs: list[str], outputs: list[str]) -> ir.Model:
+def _export(
+    module: nn.Module, arguments: tuple[object, ...], shapes: tuple[object, ...], inputs: list[str], outputs: list[str]
+) -> ir.Model:
     with warnings.catch_warnings(), torch.no_grad():
-        # The exporter warns about its own internals (deprecated calls, unused symbols); nothing in them is ours to mend.
+        # The exporter warns about its own internals (deprecated calls, unused symbols); none of it is ours to mend.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module.eval(), arguments, input_names=inputs, output_names=outputs, dynamic_shapes=shapes,
-            opset_version=OPSET, dynamo=True, optimize=True, verbose=False,
-        )  # fmt: skip
+            module.eval(),
+            arguments,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+        )
     assert program is not None  # None only when a file is asked for in the old exporter
     return program.model

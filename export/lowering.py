@@ -1,7 +1,8 @@
-"""Graph pass: every `sonoedge::Linear` and `sonoedge::Experts` mark becomes standard operators, in the scheme that the plan names.
+"""Graph pass: every `sonoedge::Linear` and `sonoedge::Experts` mark becomes standard operators, in the plan's scheme.
 
-Requires: a graph from `export.graphs`, weights of marks as float32 initializers. Ensures: no `sonoedge::Linear` is left, each
-`sonoedge::Experts` has an ONNX function of standard operators, and quantized weights are int8 with zero point 0, per output channel.
+Requires: a graph from `export.graphs`, weights of marks as float32 initializers. Ensures: no `sonoedge::Linear` is
+left; each node of experts has an ONNX function of standard operators that says what it computes; quantized weights are
+int8 with zero point 0, per output channel.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sonoedge.export.graphs import OPSET
 from sonoedge.export.markers import DOMAIN
 
 INT8_MAX = 127
+SMALLEST = np.finfo(np.float32).tiny
 
 
 class Scheme(Enum):
@@ -38,14 +40,22 @@ class QuantizationPlan(msgspec.Struct, frozen=True):
         """Scale of the int8 input of product `name`; raises SonoEdgeError when calibration never saw it."""
         maximum = self.input_maximum.get(name)
         if maximum is None or not maximum > 0:
-            raise SonoEdgeError(f"calibration has no range for {name!r}: calibrate on more frames, or keep it float in the recipe")
+            raise SonoEdgeError(
+                f"calibration has no range for {name!r}: calibrate on more frames, or keep it float in the recipe"
+            )
         return maximum / INT8_MAX
 
 
 def quantize_weight(weight: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Symmetric int8 per row: weight [out, in] to int8 [out, in] and scales float32 [out]."""
-    largest = np.abs(weight).max(axis=1)
-    scale = np.where(largest > 0, largest / INT8_MAX, 1.0).astype(np.float32)  # [out]
+    """Symmetric int8 per row: weight [out, in] to int8 [out, in] and scales float32 [out].
+
+    Raises SonoEdgeError when a weight is not finite.
+    """
+    largest = np.abs(weight).max(axis=1)  # [out]
+    if not np.isfinite(largest).all():
+        raise SonoEdgeError("a weight is not finite: check the checkpoint, it cannot be quantized")
+    # Rows of zeros take any scale; the smallest normal number keeps the scale of tiny rows from vanishing.
+    scale = np.where(largest > 0, np.maximum(largest / INT8_MAX, SMALLEST), 1.0).astype(np.float32)  # [out]
     return np.clip(np.rint(weight / scale[:, None]), -INT8_MAX, INT8_MAX).astype(np.int8), scale
 
 
@@ -64,7 +74,8 @@ def lower(model: ir.Model, plan: QuantizationPlan) -> None:
     left = [node.op_type for node in graph if node.domain == DOMAIN and node.op_type == "Linear"]
     assert not left, f"marks left after lowering: {left}"
     model.opset_imports[DOMAIN] = 1
-    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
+    unused = [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]
+    for name in unused:
         del graph.initializers[name]
 
 
@@ -84,7 +95,7 @@ class _Lowering:
         return value
 
     def zeros(self, label: str, channels: int) -> ir.Value:
-        """The zero points of one weight: ONNX Runtime's precise mode fails when they are left out or shared between weights."""
+        """The zero points of one weight: ONNX Runtime's precise mode fails when they are left out or shared."""
         return self.constant(f"{label}.weight_zero", np.zeros(channels, np.int8))
 
     def linear(self, node: ir.Node) -> None:
@@ -107,7 +118,8 @@ class _Lowering:
                 ),
             )
         else:
-            product = emit("MatMul", x, self.constant(f"{name}.weight_transposed", np.ascontiguousarray(_array(weight).T)))
+            transposed = np.ascontiguousarray(_array(weight).T)
+            product = emit("MatMul", x, self.constant(f"{name}.weight_transposed", transposed))
         if bias is not None:
             product = emit("Add", product, bias)
         self.replace(node, emit.nodes, product)
@@ -120,7 +132,8 @@ class _Lowering:
         inputs = [node.inputs[0], node.inputs[1]]
         if quantized:
             inputs.append(self.constant("int8_zero", np.asarray(0, np.int8)))
-            inputs.append(self.constant(f"{name}.input_scale", np.asarray(self.plan.activation_scale(name), np.float32)))
+            scale = self.plan.activation_scale(name)
+            inputs.append(self.constant(f"{name}.input_scale", np.asarray(scale, np.float32)))
         for expert in range(experts):
             gate, up, down = (_array(value) for value in node.inputs[2 + 3 * expert : 5 + 3 * expert])
             matrices = {"gate_up": np.concatenate([gate, up]), "down": down}
@@ -160,7 +173,9 @@ class _Emitter:
         """x in equal parts along its last axis."""
         return self.emit("Split", (x,), {"axis": -1, "num_outputs": parts}, parts)
 
-    def emit(self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int], outputs: int) -> Sequence[ir.Value]:
+    def emit(
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int], outputs: int
+    ) -> Sequence[ir.Value]:
         name = f"{self.prefix}/{op_type}_{len(self.nodes)}"
         node = ir.node(op_type, inputs, attributes=attributes or None, num_outputs=outputs, name=name)
         for index, output in enumerate(node.outputs):
@@ -174,11 +189,12 @@ class _Emitter:
 
 
 def experts_function(experts: int, quantized: bool) -> ir.Function:
-    """What an Experts node means, in standard operators.
+    """What a node of experts means, in standard operators.
 
-    Inputs: x [..., H], weights [..., E]; quantized: input scale; then for each expert gate and up joined [H, 2·I], down [I, H]
-    (int8 with scales, and the scale of the hidden activation, when quantized). Output [..., H]: the sum over experts of
-    weights[e] · down(silu(gate(x)) · up(x)). Every expert runs; those not chosen have weight 0, so the result is exact.
+    Inputs: x [..., H], weights [..., E]; quantized: zero point and scale of x; then for each expert gate and up joined
+    [H, 2·I] and down [I, H], each int8 with scales and zero points when quantized, the scale of the hidden activation
+    between them. Output [..., H]: the sum over experts of weights[e] · down(silu(gate(x)) · up(x)). Every expert runs;
+    those not chosen have weight 0, so the result is exact.
     """
     emit = _Emitter("experts")
     arguments: list[ir.Value] = []
@@ -207,10 +223,13 @@ def experts_function(experts: int, quantized: bool) -> ir.Function:
         part = emit("Mul", product(hidden, f"down_{expert}"), share)
         total = part if total is None else emit("Add", total, part)
     assert total is not None  # a mixture has at least one expert
-    body = ir.Graph(arguments, [total], nodes=emit.nodes, opset_imports={"": OPSET}, name="Experts")
-    return ir.Function(DOMAIN, "Experts", graph=body, attributes=[])
+    # Two names: one graph may hold experts of both schemes, and a function is known by its name alone.
+    name = "Experts" if quantized else "FloatExperts"
+    body = ir.Graph(arguments, [total], nodes=emit.nodes, opset_imports={"": OPSET}, name=name)
+    return ir.Function(DOMAIN, name, graph=body, attributes=[])
 
 
 def _array(value: ir.Value | None) -> npt.NDArray[np.float32]:
-    assert value is not None and value.const_value is not None  # marks take their weights from initializers
+    assert value is not None  # marks have all their inputs
+    assert value.const_value is not None  # and their weights are initializers
     return value.const_value.numpy()

@@ -1,7 +1,7 @@
 """Marks in an exported graph: every product that a recipe may quantize leaves torch as one node that carries its name.
 
-A node `sonoedge::Linear` or `sonoedge::Experts` means what the torch module means; `export.lowering` rewrites each into standard
-operators, quantized or not. So a scheme is chosen by name, never by matching patterns.
+A node `sonoedge::Linear` or `sonoedge::Experts` means what the torch module means; `export.lowering` rewrites each into
+standard operators, quantized or not. So a scheme is chosen by name, never by matching patterns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from sonoedge.export.models.moe import SparseMoE
 from sonoedge.export.models.vision import PatchEmbed
 
 DOMAIN = "sonoedge"
-FLOAT_LINEARS = ("moe.gate", "shared_expert_gate", "coefficient")  # a few columns each: routing stays exact, and costs nothing
+# A few columns each: routing stays exact, and costs nothing.
+FLOAT_LINEARS = ("moe.gate", "shared_expert_gate", "coefficient")
 
 
 def linear_mark(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,7 +32,7 @@ def linear_mark(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 class MarkedLinear(nn.Module):
     """Stands in for a linear layer in an export."""
 
-    def __init__(self, name: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.name, self.weight, self.bias = name, weight, bias
 
@@ -61,8 +62,9 @@ class MarkedMoE(nn.Module):
         router_logits = self.moe.gate(x)
         weights = self.moe.route(router_logits).to(x.dtype)  # [..., experts]
         projections = [getattr(e, p).weight for e in self.moe.experts for p in ("gate_proj", "up_proj", "down_proj")]
+        inputs = (x, weights, *projections)
         routed: Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::Experts", (x, weights, *projections), {"name": self.name}, dtype=x.dtype, shape=x.shape, version=1
+            f"{DOMAIN}::Experts", inputs, {"name": self.name}, dtype=x.dtype, shape=x.shape, version=1
         )
         shared = torch.sigmoid(self.moe.shared_expert_gate(x)) * self.moe.shared_expert(x)
         return routed + shared, router_logits
@@ -79,9 +81,20 @@ def marked(model: EchoVLM) -> EchoVLM:
             _replace(twin, name, MarkedPatchEmbed(f"{name}.proj", module.proj))
     for name, module in list(twin.named_modules()):
         clean = name.replace(".moe.moe.", ".moe.")
-        if isinstance(module, nn.Linear) and ".experts." not in name and not clean.endswith(FLOAT_LINEARS) and name != "lm_head":
+        if is_product(clean, module):
+            assert isinstance(module, nn.Linear)
             _replace(twin, name, MarkedLinear(clean, module.weight, module.bias))
     return twin
+
+
+def is_product(name: str, module: nn.Module) -> bool:
+    """Whether the module of that name is a linear layer that a recipe may name: not an expert's, nor the head."""
+    return (
+        isinstance(module, nn.Linear)
+        and ".experts." not in name
+        and not name.endswith(FLOAT_LINEARS)
+        and name != "lm_head"
+    )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from types import TracebackType
 
@@ -22,7 +23,9 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -31,9 +34,7 @@ class PeakMemory:
         while not self._stop.is_set():
             total = 0
             for member in [process, *process.children(recursive=True)]:
-                try:
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the listing and the look
                     total += member.memory_info().rss
-                except psutil.NoSuchProcess:  # it ended between the listing and the look
-                    continue
             self.bytes = max(self.bytes, total)
             self._stop.wait(SAMPLE_S)

@@ -41,6 +41,10 @@ class PackedBatch(msgspec.Struct, frozen=True):
     attention_bias: Tensor  # float32 [B, 1, S, S], 0 where visible
     labels: Tensor  # int64 [B, S], the token that follows, IGNORE where nothing is learnt
 
+    def to(self, device: torch.device) -> PackedBatch:
+        """The batch with its tensors on `device`."""
+        return PackedBatch(*(tensor.to(device) for tensor in msgspec.structs.astuple(self)))
+
 
 class Packer:
     """Packs samples whose images have the same grids, for one tokenizer."""

@@ -11,7 +11,7 @@ from sonoedge.calibration.ranges import RangeTable, observe
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.corpus import Batches, Corpus
 from sonoedge.export.lowering import QuantizationPlan, Scheme
-from sonoedge.export.markers import FLOAT_LINEARS
+from sonoedge.export.markers import is_product
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.moe import SparseMoE
 from sonoedge.export.models.vision import PatchEmbed
@@ -22,7 +22,7 @@ from sonoedge.runtime.tokens import Tokenizer
 
 
 def products(model: EchoVLM) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The modules whose first argument is the input of a quantizable product, and the mixtures, by the names that graphs carry."""
+    """The modules whose first argument is a quantizable product's input, and the mixtures, by the names in graphs."""
     linears: dict[str, nn.Module] = {}
     mixtures: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -30,7 +30,7 @@ def products(model: EchoVLM) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
             linears[f"{name}.proj"] = module
         elif isinstance(module, SparseMoE):
             mixtures[f"{name}.experts"] = module
-        elif isinstance(module, nn.Linear) and ".experts." not in name and not name.endswith(FLOAT_LINEARS) and name != "lm_head":
+        elif is_product(name, module):
             linears[name] = module
     return linears, mixtures
 
@@ -43,7 +43,9 @@ def calibrate(
     Raises SonoEdgeError when the corpus holds fewer frames, and naming the product whose activations are not finite.
     """
     if len(corpus) < frames:
-        raise SonoEdgeError(f"calibration.frames = {frames}, and the data holds {len(corpus)}: give more data or ask for fewer")
+        raise SonoEdgeError(
+            f"calibration.frames = {frames} and the data holds {len(corpus)}: give more data, or ask for fewer frames"
+        )
     batches = Batches(corpus, tokenizer, spec, size=1, seed=0, context=context)
     linears, mixtures = products(model)
     with observe(linears, {"lm_head": model.model.norm}, mixtures) as table, track("calibrate", frames) as advance:
@@ -51,7 +53,8 @@ def calibrate(
             sample = corpus.sample(index, np.random.default_rng(index))
             batch = batches.collate(tuple(image.grid for image in sample.images), [sample])
             embeds = model.encode_images(batch.patches, batch.grids)
-            model(batch.packed.input_ids, batch.packed.positions, image_embeds=embeds, attention_bias=batch.packed.attention_bias)
+            packed = batch.packed
+            model(packed.input_ids, packed.positions, image_embeds=embeds, attention_bias=packed.attention_bias)
             advance(1)
         table.frames = frames
     return table
@@ -63,7 +66,9 @@ def plan(model: EchoVLM, table: RangeTable, settings: Quantization) -> Quantizat
     names: Sequence[str] = [*linears, *mixtures, "lm_head"]
     for prefix in settings.float:
         if not any(name.startswith(prefix) for name in names):
-            raise SonoEdgeError(f"quantization.float names {prefix!r}, which no product begins with: for example {names[0]!r}")
+            raise SonoEdgeError(
+                f"quantization.float names {prefix!r}, with which no product begins: write names such as {names[0]!r}"
+            )
     return QuantizationPlan({name: settings.scheme(name) for name in names}, table.input_maximum)
 
 

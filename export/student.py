@@ -1,8 +1,9 @@
-"""Cuts a student out of its teacher: fewer layers, narrower feed-forwards, everything else and every remaining weight kept."""
+"""Cuts a student out of its teacher: fewer layers, narrower feed-forwards, every remaining weight kept."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import msgspec
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.models.echovlm import EchoVLM
-from sonoedge.export.models.layers import SwiGLU
+from sonoedge.export.models.layers import Linear, SwiGLU
 from sonoedge.export.models.vision import VisionMlp
 from sonoedge.export.recipe import StudentShape
 
@@ -22,7 +23,9 @@ def cut_student(teacher: EchoVLM, shape: StudentShape) -> EchoVLM:
     """
     config = teacher.config
     if config.moe is None:
-        raise SonoEdgeError(f"the teacher is {config.architecture}, which has no experts: distil from an EchoVLM checkpoint")
+        raise SonoEdgeError(
+            f"the teacher is {config.architecture}, which has no experts: distil from an EchoVLM checkpoint"
+        )
     limits = {
         "vision_layers": config.vision.depth,
         "vision_mlp_size": config.vision.mlp_size,
@@ -33,13 +36,17 @@ def cut_student(teacher: EchoVLM, shape: StudentShape) -> EchoVLM:
     }
     for key, limit in limits.items():
         if getattr(shape, key) > limit:
-            raise SonoEdgeError(f"student.{key} = {getattr(shape, key)} exceeds the teacher's {limit}: choose at most that")
+            raise SonoEdgeError(
+                f"student.{key} = {getattr(shape, key)} exceeds the teacher's {limit}: choose at most that"
+            )
     student_config = msgspec.structs.replace(
         config,
         num_hidden_layers=shape.layers,
         intermediate_size=shape.intermediate_size,
         vision=msgspec.structs.replace(
-            config.vision, depth=shape.vision_layers, mlp_ratio=shape.vision_mlp_size / config.vision.embed_dim
+            config.vision,
+            depth=shape.vision_layers,
+            mlp_ratio=_ratio(shape.vision_mlp_size, config.vision.embed_dim),
         ),
         moe=msgspec.structs.replace(
             config.moe,
@@ -65,10 +72,16 @@ def cut_student(teacher: EchoVLM, shape: StudentShape) -> EchoVLM:
 
 
 def spread(layers: nn.ModuleList, count: int) -> nn.ModuleList:
-    """`count` of the layers, evenly spread, the first and the last among them."""
+    """`count` of the layers, evenly spread, the first and the last among them; one alone is the last."""
     if count == 1:
         return nn.ModuleList([layers[-1]])
     return nn.ModuleList(layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count))
+
+
+def _ratio(size: int, width: int) -> float:
+    """The number that a config names for `size`: readers multiply it by `width` and cut off what follows the point."""
+    ratio = size / width
+    return ratio if int(width * ratio) == size else math.nextafter(ratio, math.inf)
 
 
 @torch.no_grad()
@@ -93,8 +106,8 @@ def _largest(importance: Tensor, count: int) -> Tensor:
     return importance.topk(count).indices.sort().values
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    layer = Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight.clone())
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone())

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.export.demo_tokenizer import SPECIAL_TOKENS
-from sonoedge.export.recipe import read_toml
 from sonoedge.export.models.config import ModelConfig, MoEConfig, VisionConfig
+from sonoedge.export.recipe import Count, Least, Seed, read_toml
+from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.tokens import Tokenizer
 
 ROPE_THETA = 1_000_000.0
@@ -18,29 +18,29 @@ ROPE_THETA = 1_000_000.0
 class TeacherShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes of the model."""
 
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-    experts: int
-    experts_per_token: int
-    expert_size: int
-    shared_expert_size: int
-    vision_width: int
-    vision_depth: int
-    vision_heads: int
-    context: int
-    image_pixels: int
+    hidden_size: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    intermediate_size: Count
+    experts: Count
+    experts_per_token: Count
+    expert_size: Count
+    shared_expert_size: Count
+    vision_width: Count
+    vision_depth: Count
+    vision_heads: Count
+    context: Count
+    image_pixels: Count
 
 
 class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One phase of training."""
 
-    steps: int
-    batch: int
+    steps: Count
+    batch: Count
     learning_rate: float
-    warmup_steps: int
+    warmup_steps: Least
     layer_drop: float
     dense_weight: float = 1.0
     balance_weight: float = 0.0
@@ -50,10 +50,10 @@ class TeacherRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that fixes the demo teacher, seeds included."""
 
     version: int
-    seed: int
-    first_frame_seed: int
-    frames: int
-    vocabulary: int
+    seed: Seed
+    first_frame_seed: Seed
+    frames: Count
+    vocabulary: Count
     model: TeacherShape
     vision: Phase
     joint: Phase

@@ -1,4 +1,4 @@
-"""The torch model behind the runtime's own session interface, so that teacher, student and INT8 bundle are measured by one code."""
+"""The torch model behind the runtime's session interface: teacher, student and bundle are measured by one code."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ class TorchSession:
 
     def rewind(self, length: int) -> None:
         """Forget every token after the first `length`."""
+        if not 0 <= length <= self.length:
+            raise SonoEdgeError(
+                f"the cache holds {self.length} tokens and cannot be rewound to {length}: rewind to fewer"
+            )
         if length == 0:
             self._cache = KVCache(self.model.config.num_hidden_layers)
         else:
@@ -71,13 +75,15 @@ class TorchSession:
                 f"{self.length + len(ids)} tokens do not fit the context of {self.spec.context}: ask a shorter question"
             )
         rows = np.array([len(ids) - 1]) if logits_rows is None else logits_rows
+        images = None if image_embeds is None or not len(image_embeds) else torch.tensor(image_embeds)
+        bias = None if visible is None else visible_bias(torch.tensor(visible)[None, None], torch.float32)
         output = self.model(
-            torch.from_numpy(ids)[None],
+            torch.tensor(ids)[None],
             torch.tensor(positions)[:, None],
-            image_embeds=None if image_embeds is None or not len(image_embeds) else torch.from_numpy(image_embeds),
-            attention_bias=None if visible is None else visible_bias(torch.from_numpy(visible)[None, None], torch.float32),
+            image_embeds=images,
+            attention_bias=bias,
             cache=self._cache,
-            logits_rows=torch.from_numpy(rows),
+            logits_rows=torch.tensor(rows),
         )
         logits: npt.NDArray[np.float32] = output.logits[0].float().numpy()
         return logits

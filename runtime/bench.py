@@ -1,4 +1,4 @@
-"""`sonoedge bench`: how long every stage takes on this machine, and whether the hints keep up with the feed on real sockets."""
+"""`sonoedge bench`: how long every stage takes on this machine, and whether the hints keep up with the feed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -76,12 +75,11 @@ class BenchReport(msgspec.Struct, frozen=True):
 
 def run(bundle: Path, source: str | None, seconds: float, as_json: bool) -> None:
     """The verb: measure the bundle on a source, or on frames made in memory, for `seconds`."""
-    with contextlib.closing(MemorySource() if source is None else open_source(source)) as feed:
-        model = open_model(bundle)
-        with contextlib.closing(model.session):
-            picture = next(iter(open_source(source, fps=1000.0) if source is not None else MemorySource())).image
-            stages, tokens_s = _stages(model, picture)
-            telemetry, questions = _serve(model, feed, seconds)
+    frame = _first_frame(source)
+    model = open_model(bundle)
+    with contextlib.closing(model.session), contextlib.closing(_open(source)) as feed:
+        stages, tokens_s = _stages(model, frame)
+        telemetry, questions = _serve(model, feed, seconds)
     if telemetry.p50_ms is None or telemetry.p95_ms is None or telemetry.p99_ms is None:
         raise SonoEdgeError(f"no frame of {feed.name} got its hints within {seconds} s: give more --seconds")
     report = BenchReport(
@@ -102,8 +100,24 @@ def run(bundle: Path, source: str | None, seconds: float, as_json: bool) -> None
         _print(report)
 
 
+def _open(source: str | None) -> Source:
+    return MemorySource() if source is None else open_source(source)
+
+
+def _first_frame(source: str | None) -> Frame:
+    """The first frame of a source that is closed again: a camera can be open only once."""
+    feed = _open(source)
+    frames = iter(feed)
+    frame = next(frames, None)
+    feed.close()
+    next(frames, None)  # a source lets go of its device when its iteration ends
+    if frame is None:
+        raise SonoEdgeError(f"{feed.name} gives no frame: check that it is connected")
+    return frame
+
+
 def _serve(model: Model, feed: Source, seconds: float) -> tuple[Telemetry, list[float]]:
-    """Hints alone for `seconds`, then questions beside the hints; gives the counters of the first part and each answer's time."""
+    """Hints alone for `seconds`, then questions beside them; gives the counters of the hints and each answer's ms."""
     server = Server(model, feed, bind="tcp://127.0.0.1:*", hints_bind="tcp://127.0.0.1:*")
     server.start()
     try:
@@ -123,10 +137,10 @@ def _serve(model: Model, feed: Source, seconds: float) -> tuple[Telemetry, list[
     return telemetry, questions
 
 
-def _stages(model: Model, picture: npt.NDArray[np.uint8]) -> tuple[dict[str, float], float]:
+def _stages(model: Model, frame: Frame) -> tuple[dict[str, float], float]:
     """Median milliseconds of each stage on one frame, and tokens a second of decoding."""
     session = model.session
-    frame = Frame(picture, 0, time.monotonic_ns(), None, "bench")
+
     patches = preprocess(crop_to_sector(frame), session.image)
     look = look_at(session, frame)
     prompt = Prompter(session, model.tokenizer).prefix([look], "en")
@@ -177,4 +191,5 @@ def _print(report: BenchReport) -> None:
         table.add_row(f"a question beside the hints, {name}", f"{value:.0f}")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{report.frames} frames, {report.dropped} dropped, decoding {report.decode_tokens_s:.0f} tokens a second")
+    decoding = f"decoding {report.decode_tokens_s:.0f} tokens a second"
+    console.print(f"{report.frames} frames, {report.dropped} dropped, {decoding}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -16,7 +18,7 @@ from sonoedge.runtime.sessions.base import Session
 
 
 class GoldenCase(msgspec.Struct, frozen=True):
-    """One picture with a question, and what the built graphs made of it when the bundle was made."""
+    """One picture with a question, and what the float model made of it when the bundle was built."""
 
     patches: npt.NDArray[np.float32]  # [n, 1176]
     grid: npt.NDArray[np.int64]  # [3]
@@ -33,18 +35,34 @@ class GoldenCase(msgspec.Struct, frozen=True):
         session.rewind(0)
         return logits
 
+    def error(self, session: Session) -> float:
+        """How far this session is off, ‖logits − recorded‖ / ‖recorded‖; infinite for logits of another shape."""
+        logits = self.run(session)
+        if logits.shape != self.logits.shape:
+            return math.inf
+        return float(np.linalg.norm(logits - self.logits) / np.linalg.norm(self.logits))
+
     def save(self, path: Path) -> None:
         """Write the arrays as .npz."""
         np.savez_compressed(path, **msgspec.structs.asdict(self))
 
 
 def load_case(path: Path) -> GoldenCase:
-    """Read what `GoldenCase.save` wrote; raises SonoEdgeError when it is damaged."""
+    """Read what `GoldenCase.save` wrote; raises SonoEdgeError when it is damaged or its shapes do not fit together."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return GoldenCase(**{name: arrays[name] for name in GoldenCase.__struct_fields__})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            case = GoldenCase(**{name: arrays[name] for name in GoldenCase.__struct_fields__})
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise SonoEdgeError(f"{path.name} is no golden case ({error}): build the bundle again") from error
+    shapes = {name: array.shape for name, array in msgspec.structs.asdict(case).items()}
+    match shapes:
+        case {"patches": (n, _), "grid": (3,), "ids": (s,), "positions": (3, t), "logits": (rows, _)}:
+            fits = s == t == rows > 0 and n == int(np.prod(case.grid))
+        case _:
+            fits = False
+    if not fits:
+        raise SonoEdgeError(f"{path.name} is no golden case, its shapes are {shapes}: build the bundle again")
+    return case
 
 
 def check(bundle: Bundle) -> float:
@@ -59,18 +77,17 @@ def check(bundle: Bundle) -> float:
 
 
 def check_session(bundle: Bundle, session: Session) -> float:
-    """Largest error of any case, ‖logits − recorded‖ / ‖recorded‖; raises SonoEdgeError when it exceeds the manifest's bound."""
+    """Largest error of any case; raises SonoEdgeError naming the case whose error exceeds the bound of the manifest."""
     golden = bundle.manifest.golden
     worst = 0.0
     names = sorted(name for name in bundle.manifest.files if name == golden.path or name.startswith(f"{golden.path}/"))
     for name in names:
         case = load_case(bundle.path(name))
-        logits = case.run(session)
-        error = float(np.linalg.norm(logits - case.logits) / np.linalg.norm(case.logits))
+        error = case.error(session)
         if not error <= golden.bound:  # a NaN is an error too
             raise SonoEdgeError(
-                f"{name}: this machine's outputs differ from those recorded at build by {error:.3g}, more than {golden.bound:g}: "
-                "the backend computes wrongly here, so the bundle is not served"
+                f"{name}: this machine's outputs differ from those recorded at build by {error:.3g}, more than "
+                f"{golden.bound:g}: the backend computes wrongly here, so the bundle is not served"
             )
         worst = max(worst, error)
     return worst

@@ -45,7 +45,7 @@ class OrtSession:
         shape = (1, spec.kv_heads, spec.context, spec.head_dim)
         names = [f"{part}_{layer}" for layer in range(spec.layers) for part in ("key", "value")]
         ort_value = _onnxruntime().OrtValue
-        # One buffer is the past and the present of a layer: the operator writes new keys and values behind the old ones.
+        # One buffer is the past and the present of a layer: the operator writes new keys and values behind the old.
         self._cache = {name: ort_value.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
         self._no_image = np.zeros((1, spec.hidden), np.float32)
 
@@ -79,12 +79,18 @@ class OrtSession:
                 f"{total} tokens do not fit the context of {self.spec.context}: ask a shorter question, or build the "
                 "bundle with a larger context"
             )
+        images = 0 if image_embeds is None else len(image_embeds)
+        places = int((ids == self.spec.image_token_id).sum())
+        if images and images != places:  # the graph would read past the end
+            raise SonoEdgeError(
+                f"the text holds {places} image tokens but the images give {images}: write one image token for each"
+            )
         if visible is None:
             visible = np.tri(new, total, self.length, dtype=np.bool_)  # [new, total]
         inputs = {
             "input_ids": ids[None],
             "positions": positions[:, None],
-            "image_embeds": image_embeds if image_embeds is not None and len(image_embeds) else self._no_image,
+            "image_embeds": image_embeds if images else self._no_image,
             "attention_bias": np.where(visible, np.float32(0), HIDDEN)[None, None],
             "logits_rows": np.array([new - 1]) if logits_rows is None else logits_rows,
             "last_token": np.array([total - 1], np.int32),
