@@ -19,7 +19,9 @@ app = typer.Typer(name="sonoedge", add_completion=False)
 
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint in the released format.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `build` made.", show_default=False)]
-Recipe = Annotated[Path | None, typer.Option(help="TOML file; else the packaged one.", show_default=False)]
+Recipe = Annotated[
+    str | None, typer.Option(help="TOML file, or the name of a packaged recipe; else the demo's.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
 TimeoutS = Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds of silence.")]
 
