@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 EVALUATION_FRAMES = 500
 CLIP_SEED = 8_000_000
 SHOWN_FRAMES = 4
+OUTPUTS = {"bundle", "contact_sheet.png", "summary.json"}
 QUESTIONS = (
     "Which region is shown?",
     "Is a lesion visible?",
@@ -54,10 +56,36 @@ class Seconds(dict[str, float]):
 
 
 def run(out: Path, as_json: bool) -> None:
-    """The verb: leave `out` with the bundle, the contact sheet and the summary; raises SonoEdgeError when `out` is not empty."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SonoEdgeError(f"{out} exists and is not an empty folder: remove it, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    """The verb: leave `out` with the bundle, the contact sheet and the summary, in place of an earlier demo's.
+
+    Raises SonoEdgeError when `out` holds anything else.
+    """
+    held = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if not held <= OUTPUTS:
+        raise SonoEdgeError(f"{out} holds more than an earlier demo's output: remove it, or choose another --out")
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=_parent(out)) as partial:
+        summary = _demo(Path(partial), as_json)
+        shutil.rmtree(out, ignore_errors=True)
+        Path(partial).chmod(0o755)
+        Path(partial).rename(out)
+        Path(partial).mkdir()  # for the context, which removes it
+    names = ", ".join(str(out / name) for name in sorted(OUTPUTS))
+    Console(stderr=as_json, highlight=False).print(f"left {names}", soft_wrap=True)
+    if as_json:
+        told = {key: value for key, value in summary.items() if key not in ("hints", "answers")}
+        print(msgspec.json.encode({"out": str(out), **told}).decode())
+
+
+def _parent(out: Path) -> Path:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SonoEdgeError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
+    return out.parent
+
+
+def _demo(out: Path, as_json: bool) -> dict[str, object]:
+    """Fill `out`, which may move afterwards, and return the summary."""
     console = Console(stderr=as_json, highlight=False)
     seconds = Seconds()
     with PeakMemory() as memory, TemporaryDirectory(prefix="sonoedge-demo-") as work:
@@ -65,7 +93,7 @@ def run(out: Path, as_json: bool) -> None:
         with seconds.step("play"):
             played = _play(out / "bundle", Path(work), console)
         _draw(played, out / "contact_sheet.png")
-    summary = {
+    summary: dict[str, object] = {
         **accuracy,
         "hints": [_hint_entry(item, hint) for item in played for hint in item.hints],
         "answers": [
@@ -79,9 +107,7 @@ def run(out: Path, as_json: bool) -> None:
     (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
     total = sum(seconds.values())
     console.print(f"{total / 60:.1f} minutes, {memory.bytes / 1e9:.2f} GB at the peak")
-    console.print(f"bundle {out / 'bundle'}, contact sheet {out / 'contact_sheet.png'}, summary {out / 'summary.json'}")
-    if as_json:
-        print(msgspec.json.encode({"out": str(out), **accuracy, "seconds": seconds, "peak_memory_bytes": memory.bytes}).decode())
+    return summary
 
 
 def _make_bundle(work: Path, bundle: Path, seconds: Seconds, console: Console) -> dict[str, dict[str, float]]:
