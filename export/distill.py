@@ -49,7 +49,8 @@ def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSp
     student.train()
     with track("distil the student", settings.steps) as advance:
         for step, batch in batches.steps(0, settings.steps):
-            losses = _losses(student, teacher, batch.to(accelerator.device), settings)
+            moved = batch.to(accelerator.device)
+            losses = _losses(student, teacher, moved, settings, vision_only=step < settings.vision_steps)
             total = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
             if not torch.isfinite(total):
                 raise SonoEdgeError(
@@ -66,14 +67,22 @@ def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSp
 
 
 def _losses(
-    student: EchoVLM, teacher: EchoVLM, batch: Batch, settings: Distillation
+    student: nn.Module, teacher: EchoVLM, batch: Batch, settings: Distillation, *, vision_only: bool
 ) -> dict[str, tuple[float, Tensor]]:
     """Every loss of one batch with its weight."""
-    assert teacher.config.moe is not None  # cut_student refuses a teacher without experts
+    with torch.no_grad():
+        taught_embeds = teacher.encode_images(batch.patches, batch.grids)  # [merged, hidden]
+    embeds = student.encode_images(batch.patches, batch.grids)
+    seen = {"embeds": (settings.embeds_weight, functional.mse_loss(embeds, taught_embeds) / taught_embeds.var())}
+    return seen if vision_only else seen | _decoder_losses(student, teacher, batch, embeds, taught_embeds, settings)
+
+
+def _decoder_losses(
+    student: nn.Module, teacher: EchoVLM, batch: Batch, embeds: Tensor, taught_embeds: Tensor, settings: Distillation
+) -> dict[str, tuple[float, Tensor]]:
     packed = batch.packed
     rows = packed.labels != IGNORE  # [B, S]
     with torch.no_grad():
-        taught_embeds = teacher.encode_images(batch.patches, batch.grids)  # [merged, hidden]
         taught = teacher(
             packed.input_ids,
             packed.positions,
@@ -81,7 +90,6 @@ def _losses(
             attention_bias=packed.attention_bias,
             logits_rows=rows,
         ).logits  # [answers, vocab]
-    embeds = student.encode_images(batch.patches, batch.grids)
     output = student(
         packed.input_ids,
         packed.positions,
@@ -102,7 +110,6 @@ def _losses(
                 reduction="batchmean",
             ),
         ),
-        "embeds": (settings.embeds_weight, functional.mse_loss(embeds, taught_embeds) / taught_embeds.var()),
         "balance": (
             settings.balance_weight,
             balance_loss(output.router_logits, teacher.config.moe.num_experts_per_tok),

@@ -40,6 +40,7 @@ class Distillation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: Seed
     first_frame_seed: Seed
     frames: Count
+    vision_steps: int
     steps: Count
     batch: Count
     learning_rate: Positive
