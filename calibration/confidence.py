@@ -15,6 +15,7 @@ from sonoedge.calibration.scores import HintScores
 
 TEMPERATURES = np.geomspace(0.25, 8.0, 101)
 BINS = 15
+SUREST = 0.9999
 
 
 def fit(scores: HintScores, least_accuracy: float) -> HintCalibration:
@@ -31,9 +32,11 @@ def fit(scores: HintScores, least_accuracy: float) -> HintCalibration:
     # Frames of equal confidence speak or stay silent together: only the last of them can be the limit.
     last = np.append(np.diff(confidence[order]) != 0, True)  # [n]
     reached = np.flatnonzero((share_right >= least_accuracy) & last)
-    limit = float(confidence[order[reached[-1]]]) if reached.size else 1.0
-    # Rounded down: rounded up to 1, it would silence a hint that is always sure.
-    return HintCalibration(temperature=round(temperature, 4), abstain_below=math.floor(limit * 1e4) / 1e4)
+    abstain_below = 1.0
+    if reached.size:
+        # Rounded down and under 1, so that another machine's last digit cannot silence a hint that is always sure.
+        abstain_below = min(math.floor(float(confidence[order[reached[-1]]]) * 1e4) / 1e4, SUREST)
+    return HintCalibration(temperature=round(temperature, 4), abstain_below=abstain_below)
 
 
 def probabilities(scores: HintScores, temperature: float) -> npt.NDArray[np.float64]:

@@ -152,7 +152,7 @@ def _render_chunk(job: tuple[Path, int, int, ImageSpec]) -> int:
 
 def _read_chunk(path: Path, spec: ImageSpec) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], list[Truth]]:
     try:
-        with np.load(path, allow_pickle=False) as data:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
             truths = msgspec.msgpack.decode(data["truths"].tobytes(), type=list[Truth])
             greys, classes = data["grey"], data["classes"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, msgspec.DecodeError) as error:

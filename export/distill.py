@@ -99,16 +99,17 @@ def _decoder_losses(
         collect_router=True,
     )
     heat = settings.temperature
+    spoken = functional.log_softmax(output.logits / heat, dim=-1)  # [answers, vocab]
+    taught = functional.log_softmax(taught / heat, dim=-1)
+    share = packed.weights[rows] / packed.weights[rows].sum()  # [answers]
     return {
-        "answers": (settings.answer_weight, functional.cross_entropy(output.logits, packed.labels[rows])),
+        "answers": (
+            settings.answer_weight,
+            (functional.cross_entropy(output.logits, packed.labels[rows], reduction="none") * share).sum(),
+        ),
         "logits": (
             settings.logits_weight * heat**2,
-            functional.kl_div(
-                functional.log_softmax(output.logits / heat, dim=-1),
-                functional.log_softmax(taught / heat, dim=-1),
-                log_target=True,
-                reduction="batchmean",
-            ),
+            (functional.kl_div(spoken, taught, log_target=True, reduction="none").sum(-1) * share).sum(),
         ),
         "balance": (
             settings.balance_weight,
