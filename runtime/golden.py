@@ -50,7 +50,7 @@ class GoldenCase(msgspec.Struct, frozen=True):
 def load_case(path: Path) -> GoldenCase:
     """Read what `GoldenCase.save` wrote; raises SonoEdgeError when it is damaged or its shapes do not fit together."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             case = GoldenCase(**{name: arrays[name] for name in GoldenCase.__struct_fields__})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise SonoEdgeError(f"{path.name} is no golden case ({error}): build the bundle again") from error

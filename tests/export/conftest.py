@@ -9,7 +9,8 @@ import torch
 
 from sonoedge.export.models.config import ModelConfig, MoEConfig, VisionConfig
 from sonoedge.export.models.echovlm import EchoVLM
-from sonoedge.export.models.loading import init_model, save_checkpoint
+from sonoedge.export.models.loading import init_model, load_checkpoint, save_checkpoint
+from sonoedge.runtime.tokens import Tokenizer
 
 
 @pytest.fixture
@@ -19,6 +20,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_model(tiny_checkpoint: Path) -> EchoVLM:
+    """The smallest checkpoint, freshly loaded."""
+    return load_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_checkpoint: Path) -> Tokenizer:
+    """Its tokenizer."""
+    return Tokenizer.from_file(tiny_checkpoint / "tokenizer.json")
 
 
 @pytest.fixture

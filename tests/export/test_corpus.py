@@ -1,0 +1,146 @@
+"""Samples from phantoms and from conversation files, and the batches made of them."""
+
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from sonoedge.calibration.pool import PhantomPool
+from sonoedge.errors import SonoEdgeError
+from sonoedge.export.corpus import Batch, Batches, ConversationCorpus, PhantomCorpus, open_corpus
+from sonoedge.export.lessons import branches
+from sonoedge.export.packing import IGNORE
+from sonoedge.runtime.preprocess import ImageSpec
+from sonoedge.runtime.tokens import Tokenizer
+
+SPEC = ImageSpec(max_pixels=84 * 84)
+
+
+def write_cases(folder: Path, cases: list[tuple[list[tuple[int, int]], list[tuple[str, str]]]]) -> Path:
+    """Write a conversation file: for each case the (height, width) of its pictures and its questions and answers."""
+    entries = []
+    for number, (sizes, exchanges) in enumerate(cases):
+        names = []
+        for height, width in sizes:
+            name = f"{number}_{len(names)}.png"
+            picture = np.random.default_rng(number).integers(0, 255, (height, width, 3), np.uint8)
+            assert cv2.imwrite(str(folder / name), picture)
+            names.append(name)
+        turns = [{"from": "system", "value": "You are an ultrasound assistant."}]
+        for index, (question, answer) in enumerate(exchanges):
+            marks = "<image>\n" * len(names) if index == 0 else ""
+            turns += [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
+        entries.append({"id": number, "image": names, "conversations": turns})
+    path = folder / "cases.json"
+    path.write_bytes(msgspec.json.encode(entries))
+    return path
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    pairs = zip(msgspec.structs.astuple(first.packed), msgspec.structs.astuple(second.packed), strict=True)
+    return (
+        first.grids == second.grids
+        and torch.equal(first.patches, second.patches)
+        and all(torch.equal(*p) for p in pairs)
+    )
+
+
+def test_batches_depend_on_seed_and_step_alone(frames: PhantomPool, tiny_tokenizer: Tokenizer) -> None:
+    def batch(seed: int, step: int) -> Batch:
+        corpus = PhantomCorpus(frames, SPEC)
+        return Batches(corpus, tiny_tokenizer, SPEC, size=4, seed=seed, context=640).batch(step)
+
+    first = batch(1, 5)
+    assert first.patches.shape == (4 * 36, 1176)
+    assert first.grids == [(1, 6, 6)] * 4
+    assert equal(first, batch(1, 5))
+    assert not equal(first, batch(1, 6))
+    assert not equal(first, batch(2, 5))
+    numbered = Batches(PhantomCorpus(frames, SPEC), tiny_tokenizer, SPEC, size=4, seed=1, context=640).steps(4, 7)
+    steps, batches = zip(*numbered, strict=True)
+    assert steps == (4, 5, 6)
+    assert equal(batches[1], first)
+
+
+def test_phantoms_come_mirrored_half_of_the_time(frames: PhantomPool) -> None:
+    corpus = PhantomCorpus(frames, SPEC)
+    plain = frames[0].patches(SPEC).values
+    turned = frames.mirrored(0).patches(SPEC).values
+    kinds = []
+    for seed in range(60):
+        values = corpus.sample(0, np.random.default_rng(seed)).images[0].values
+        kinds.append((np.array_equal(values, plain), np.array_equal(values, turned)))
+    assert set(kinds) == {(True, False), (False, True)}
+    assert 15 < sum(is_plain for is_plain, _ in kinds) < 45
+
+
+def test_lessons_of_a_mirrored_lesion_name_the_other_side(frames: PhantomPool) -> None:
+    index = next(i for i, t in enumerate(frames.truths) if t.lesion is not None)
+    answers = []
+    for frame in (frames[index], frames.mirrored(index)):
+        drawn = branches(frame.truth, np.random.default_rng(3))
+        answers.append({branch.name: branch.answer for branch in drawn})
+    assert answers[0]["side"] != answers[1]["side"]
+    assert answers[0]["kind"] == answers[1]["kind"]
+    assert set(answers[0]) >= {"region", "quality", "finding", "kind", "side"}
+
+
+def test_lessons_use_both_languages_and_reports_now_and_then(frames: PhantomPool) -> None:
+    drawn = [b for seed in range(40) for b in branches(frames.truths[0], np.random.default_rng(seed))]
+    assert {branch.question.isascii() for branch in drawn} == {True, False}
+    assert 4 <= sum(branch.name == "report" for branch in drawn) <= 22
+
+
+def test_a_case_keeps_its_images_and_loses_their_marks(tmp_path: Path) -> None:
+    path = write_cases(tmp_path, [([(60, 90), (120, 60)], [("What is it?", "A cyst."), ("Which side?", "Left.")])])
+    corpus = ConversationCorpus(path, SPEC)
+    sample = corpus.sample(0, np.random.default_rng(0))
+    assert [image.grid for image in sample.images] == [(1, 4, 6), (1, 8, 4)]
+    assert [(branch.question, branch.answer) for branch in sample.branches] == [
+        ("What is it?", "A cyst."),
+        ("Which side?", "Left."),
+    ]
+
+
+def test_a_batch_holds_images_of_one_shape(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    wide, tall, pair = [(60, 90)], [(120, 60)], [(60, 90), (120, 60)]
+    cases = [(sizes, [("Which?", f"Answer {n}.")]) for n, sizes in enumerate([wide, tall, pair] * 2)]
+    corpus = ConversationCorpus(write_cases(tmp_path, cases), SPEC)
+    batches = Batches(corpus, tiny_tokenizer, SPEC, size=3, seed=2, context=200)
+    seen = set()
+    for _, batch in batches.steps(0, 20):
+        samples = batch.packed.input_ids.shape[0]
+        assert 1 <= samples <= 3
+        per_sample = len(batch.grids) // samples
+        shapes = batch.grids[:per_sample]
+        assert batch.grids == shapes * samples
+        assert batch.patches.shape[0] == sum(h * w for _, h, w in batch.grids)
+        image_tokens = int((batch.packed.input_ids == tiny_tokenizer.image_pad).sum())
+        assert image_tokens == batch.patches.shape[0] // 4
+        assert (batch.packed.labels != IGNORE).any(dim=1).all()
+        seen.add(tuple(shapes))
+    assert seen == {((1, 4, 6),), ((1, 8, 4),), ((1, 4, 6), (1, 8, 4))}
+
+
+def test_a_case_without_image_is_refused(tmp_path: Path) -> None:
+    path = write_cases(tmp_path, [([(60, 60)], [("Q?", "A.")]), ([], [("Q?", "A.")])])
+    with pytest.raises(SonoEdgeError, match=r"cases.json: case 1 has no image: add one"):
+        ConversationCorpus(path, SPEC)
+
+
+def test_an_image_that_is_none_is_named(tmp_path: Path) -> None:
+    path = write_cases(tmp_path, [([(60, 60)], [("Q?", "A.")])])
+    (tmp_path / "0_0.png").write_bytes(b"no picture")
+    with pytest.raises(SonoEdgeError, match=r"0_0.png is not a picture that can be read"):
+        ConversationCorpus(path, SPEC).sample(0, np.random.default_rng(0))
+
+
+def test_corpora_are_opened_by_name(tmp_path: Path, frames: PhantomPool) -> None:
+    path = write_cases(tmp_path, [([(60, 60)], [("Q?", "A.")])])
+    assert len(open_corpus(str(path), SPEC, None)) == 1
+    assert len(open_corpus("phantoms", SPEC, frames)) == len(frames)
+    with pytest.raises(SonoEdgeError, match=r"nowhere.json cannot be read"):
+        open_corpus(str(tmp_path / "nowhere.json"), SPEC, None)
