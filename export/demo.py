@@ -1,4 +1,4 @@
-"""`sonoedge demo`: the whole path once, from the packaged EchoVLM checkpoint to live answers about a real clip and phantoms."""
+"""`sonoedge demo`: the whole path, from the packaged EchoVLM checkpoint to answers about a real clip and phantoms."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ def _make_bundle(work: Path, bundle: Path, seconds: Seconds, console: Console) -
         }
     rows = {name: rounded(result) for name, result in scored.items()}
     print_accuracy(rows, f"accuracy on {EVALUATION_FRAMES} fresh phantoms", console)
-    print_accuracy({f"int8, {name}": row for name, row in scored["int8"].strata().items()}, "by quality and size", console)
+    print_accuracy(
+        {f"int8, {name}": row for name, row in scored["int8"].strata().items()}, "by quality and size", console
+    )
     return {f"{name}_accuracy": row for name, row in rows.items()}
 
 
@@ -149,10 +151,14 @@ def _play(bundle: Path, work: Path, console: Console) -> list[Played]:
     for clip in clips:
         item = play(bundle, clip, QUESTIONS)
         played.append(item)
-        console.print(f"[bold]{clip.name}[/]" + (f"  (truth: {_truth_text(clip, item.hints[-1].frame)})" if clip.truths else ""))
+        console.print(
+            f"[bold]{clip.name}[/]" + (f"  (truth: {_truth_text(clip, item.hints[-1].frame)})" if clip.truths else "")
+        )
         for hint in _last_hints(item):
             said = f"{hint.text.en} {hint.text.zh}" if hint.text is not None else f"silent: {hint.reason}"
-            console.print(f"  {hint.hint}: {said} ({hint.probability:.0%}, frame {hint.frame}, {hint.age_ms:.0f} ms old)")
+            console.print(
+                f"  {hint.hint}: {said} ({hint.probability:.0%}, frame {hint.frame}, {hint.age_ms:.0f} ms old)"
+            )
         for question, answer in item.answers:
             console.print(f"  [dim]{question}[/] {answer.answer} [dim]({answer.ms:.0f} ms)[/]")
     return played
@@ -169,7 +175,9 @@ def _draw(played: Sequence[Played], path: Path) -> None:
         frames = sorted({hint.frame for hint in item.hints})
         shown = frames[:: max(1, len(frames) // SHOWN_FRAMES)][:SHOWN_FRAMES]
         rows[item.clip.name] = [_tile(item, frame) for frame in shown]
-    write_contact_sheet(rows, path, "SonoEdge demo: live hints of the INT8 student (green right, red wrong, grey silent)")
+    write_contact_sheet(
+        rows, path, "SonoEdge demo: live hints of the INT8 student (green right, red wrong, grey silent)"
+    )
 
 
 def _tile(item: Played, frame: int) -> Tile:
@@ -198,5 +206,3 @@ def _truth_text(clip: Clip, frame: int) -> str:
 
 def _hint_entry(item: Played, hint: Hint) -> dict[str, object]:
     return {"clip": item.clip.name, "truth": _truth_of(item.clip, hint), **msgspec.to_builtins(hint)}
-
-

@@ -1,4 +1,4 @@
-"""The model card of the demo checkpoint: what it was trained on and how, and what it answers rightly on fresh phantoms."""
+"""The model card of the demo checkpoint: how it was trained, and what it answers rightly on fresh phantoms."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ def write_card(folder: Path, recipe: TeacherRecipe, training: Training, scored: 
     (folder / CARD_FILE).write_text(
         f"""# SonoEdge demo teacher
 
-A small EchoVLM ({training.parameters:,} parameters, bfloat16): the architecture of the released model with every part present,
-trained on computer-made phantoms only. It exists so that SonoEdge can be tried, tested and benchmarked without the released weights.
+A small EchoVLM ({training.parameters:,} parameters, bfloat16): the architecture of the released model, every part
+present, trained on computer-made phantoms only. It exists so that SonoEdge can be tried, tested and benchmarked
+without the released weights.
 
-**Intended use**: software demonstration and tests. It has never seen a patient. Whatever it says about a real image means nothing.
+**Intended use**: software demonstration and tests. It has never seen a patient. What it says about a real image means
+nothing.
 
 ## What it is
 
@@ -48,22 +50,24 @@ trained on computer-made phantoms only. It exists so that SonoEdge can be tried,
 | vision tower | {shape.vision_depth} blocks of width {shape.vision_width}, {shape.vision_heads} heads, 2x2 merge |
 | decoder | {shape.layers} layers of width {shape.hidden_size}, {shape.heads} heads, {shape.kv_heads} key-value head |
 | dense path | width {shape.intermediate_size} |
-| experts | {shape.experts} of width {shape.expert_size}, top {shape.experts_per_token}, shared expert of width {shape.shared_expert_size} |
+| experts | {shape.experts} of width {shape.expert_size}, top {shape.experts_per_token} |
+| shared expert | width {shape.shared_expert_size} |
 | images | up to {shape.image_pixels:,} pixels, {shape.image_pixels // 784} merged tokens |
 | vocabulary | {recipe.vocabulary} tokens, byte-level BPE, English and Chinese |
 
 ## How it was trained
 
-`make demo-checkpoint`: {recipe.frames:,} phantom frames of seven regions (seeds from {recipe.first_frame_seed:,}), each also mirrored; first
-the vision tower alone on what every patch shows ({recipe.vision.steps} steps of {recipe.vision.batch}), then the whole model on questions in
-either language and reports, the patch targets kept at {recipe.joint.dense_weight:g} ({recipe.joint.steps} steps of {recipe.joint.batch}). Recipe:
-`export/recipes/demo-teacher.toml`, seed {recipe.seed}. Its training steps took
-{training.minutes:.0f} minutes of wall time on two cores of an {platform.machine()} machine that other work shared.
+`make demo-checkpoint`: {recipe.frames:,} phantom frames of seven regions (seeds from {recipe.first_frame_seed:,}), each
+also mirrored; first the vision tower alone on what every patch shows ({recipe.vision.steps} steps of
+{recipe.vision.batch}), then the whole model on questions in either language and reports, the patch targets kept at
+{recipe.joint.dense_weight:g} ({recipe.joint.steps} steps of {recipe.joint.batch}).
+Recipe: `export/recipes/demo-teacher.toml`, seed {recipe.seed}. Its training steps took {training.minutes:.0f} minutes of
+wall time on two cores of an {platform.machine()} machine that other work shared.
 
 ## What it answers rightly
 
-{frames} fresh phantoms (seeds that no training, calibration or demo uses), closed questions scored as the runtime scores them; kind and
-side on frames with a lesion. Small lesions have a radius under 18 pixels at 224.
+{frames} fresh phantoms (seeds that no training or calibration uses), closed questions scored as the runtime scores
+them; kind and side on frames with a lesion. Small lesions have a radius under 18 pixels at 224.
 
 | frames | {" | ".join(columns)} |
 |---|{"---|" * len(columns)}

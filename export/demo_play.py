@@ -1,4 +1,4 @@
-"""Plays clips through a served bundle as a scanner and a client would: a server process, its hints and its answers over ZeroMQ."""
+"""Plays clips through a bundle as a scanner and a client would: a server process, hints and answers over ZeroMQ."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def real_clip() -> Clip:
 
     path = get_testdata_file("examples_ybr_color.dcm", download=False)
     if path is None:
-        raise SonoEdgeError("pydicom's wheel lacks examples_ybr_color.dcm: install the pinned version from constraints.txt")
+        raise SonoEdgeError(
+            "pydicom's wheel lacks examples_ybr_color.dcm: install the pinned version from constraints.txt"
+        )
     source = open_source(str(path), once=True, fps=1000.0)
     images = tuple(frame.image for frame in source)
     source.close()

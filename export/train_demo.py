@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,20 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.calibration.pool import LabelledFrame, PhantomPool, phantom_pool
 from sonoedge.calibration.scores import score_pool
+from sonoedge.export.balance import balance_loss
 from sonoedge.export.demo_card import Training, write_card
 from sonoedge.export.demo_tokenizer import train_tokenizer, write_tokenizer
 from sonoedge.export.dense_heads import DenseHeads, VisionTap
 from sonoedge.export.evaluate import FIRST_FRAME_SEED, open_model, print_accuracy
 from sonoedge.export.lessons import branches
-from sonoedge.export.balance import balance_loss
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import init_model, save_checkpoint
 from sonoedge.export.packing import IGNORE, Packer
 from sonoedge.export.teacher_recipe import Phase, TeacherRecipe, load_teacher_recipe
 from sonoedge.progress import track
+from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.tokens import Tokenizer
 
 SAVE_EVERY_STEPS = 100
@@ -79,7 +78,7 @@ class Trainer:
         }
         temporary = self.work / "state.tmp"
         torch.save(state, temporary)
-        os.replace(temporary, self.work / "state.pt")
+        temporary.replace(self.work / "state.pt")
 
     def run(self, name: str, phase: Phase, pool: PhantomPool, packer: Packer | None) -> None:
         """Train one phase to its end; without a packer only the vision tower learns, from the dense targets."""
@@ -103,7 +102,11 @@ class Trainer:
                 self.seconds += time.monotonic() - started
                 values = {key: round(float(value.detach()), 4) for key, (_, value) in losses.items()}
                 if step % 10 == 9:
-                    print(json.dumps({"phase": name, "step": step + 1, "seconds": round(self.seconds), **values}), file=log, flush=True)
+                    print(
+                        json.dumps({"phase": name, "step": step + 1, "seconds": round(self.seconds), **values}),
+                        file=log,
+                        flush=True,
+                    )
                 advance(1, " ".join(f"{key} {value:.3f}" for key, value in values.items()))
                 if (step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == phase.steps:
                     self.save()
@@ -191,7 +194,11 @@ def main() -> None:
     fresh = work / "checkpoint"
     shutil.rmtree(fresh, ignore_errors=True)
     save_checkpoint(
-        model, fresh, dtype=torch.bfloat16, tokenizer_files_from=work, preprocessor={"max_pixels": recipe.model.image_pixels}
+        model,
+        fresh,
+        dtype=torch.bfloat16,
+        tokenizer_files_from=work,
+        preprocessor={"max_pixels": recipe.model.image_pixels},
     )
     # Evaluated as stored: bfloat16 rounds the weights, and the card speaks of the checkpoint, not of the run.
     session, tokenizer = open_model(fresh)
