@@ -61,8 +61,8 @@ nothing.
 also mirrored; first the vision tower alone on what every patch shows ({recipe.vision.steps} steps of
 {recipe.vision.batch}), then the whole model on questions in either language and reports, the patch targets kept at
 {recipe.joint.dense_weight:g} ({recipe.joint.steps} steps of {recipe.joint.batch}).
-Recipe: `export/recipes/demo-teacher.toml`, seed {recipe.seed}. Its training steps took {training.minutes:.0f} minutes of
-wall time on two cores of an {platform.machine()} machine that other work shared.
+Recipe: `export/recipes/demo-teacher.toml`, seed {recipe.seed}. Its training steps took {training.minutes:.0f} minutes
+of wall time on two cores of an {platform.machine()} machine that other work shared.
 
 ## What it answers rightly
 
