@@ -67,7 +67,7 @@ def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSp
 
 
 def _losses(
-    student: nn.Module, teacher: EchoVLM, batch: Batch, settings: Distillation, *, vision_only: bool
+    student: EchoVLM, teacher: EchoVLM, batch: Batch, settings: Distillation, *, vision_only: bool
 ) -> dict[str, tuple[float, Tensor]]:
     """Every loss of one batch with its weight."""
     with torch.no_grad():
@@ -78,7 +78,7 @@ def _losses(
 
 
 def _decoder_losses(
-    student: nn.Module, teacher: EchoVLM, batch: Batch, embeds: Tensor, taught_embeds: Tensor, settings: Distillation
+    student: EchoVLM, teacher: EchoVLM, batch: Batch, embeds: Tensor, taught_embeds: Tensor, settings: Distillation
 ) -> dict[str, tuple[float, Tensor]]:
     packed = batch.packed
     rows = packed.labels != IGNORE  # [B, S]
@@ -98,6 +98,8 @@ def _decoder_losses(
         logits_rows=rows,
         collect_router=True,
     )
+    mixture = teacher.config.moe
+    assert mixture is not None  # cut_student refuses a teacher without experts
     heat = settings.temperature
     spoken = functional.log_softmax(output.logits / heat, dim=-1)  # [answers, vocab]
     taught = functional.log_softmax(taught / heat, dim=-1)
@@ -113,7 +115,7 @@ def _decoder_losses(
         ),
         "balance": (
             settings.balance_weight,
-            balance_loss(output.router_logits, teacher.config.moe.num_experts_per_tok),
+            balance_loss(output.router_logits, mixture.num_experts_per_tok),
         ),
     }
 
