@@ -48,7 +48,9 @@ class Generation:
             self.finish = "length"
         if self.finish is not None:
             return ""
-        index = int(np.argmax(self._logits()[-1]))
+        logits = self._logits()[-1].copy()  # [vocab]
+        logits[self._session.spec.image_token_id] = -np.inf  # an answer has no picture to put there
+        index = int(np.argmax(logits))
         if index in self._session.spec.eos_token_ids:
             self.finish = "stop"
             return ""
