@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 import msgspec
 from rich.console import Console
 
-from sonoedge.calibration.phantom import REGIONS
+from sonoedge.calibration.phantom import KINDS, REGIONS
+from sonoedge.calibration.phantom.frame import Kind
 from sonoedge.calibration.phantom_text import truth_fields
 from sonoedge.calibration.pool import phantom_pool
 from sonoedge.calibration.scores import score_pool
@@ -34,6 +35,7 @@ from sonoedge.runtime.tokens import Tokenizer
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 EVALUATION_FRAMES = 500
 CLIP_SEED = 8_000_000
+CLIP_KINDS: tuple[Kind, ...] = (*KINDS, "none")
 SHOWN_FRAMES = 4
 OUTPUTS = {"bundle", "contact_sheet.png", "summary.json"}
 QUESTIONS = (
@@ -146,7 +148,7 @@ def _make_bundle(work: Path, bundle: Path, seconds: Seconds, console: Console) -
 
 
 def _play(bundle: Path, work: Path, console: Console) -> list[Played]:
-    clips = [real_clip(), *(phantom_feed(r, CLIP_SEED + i, work / "clips" / r) for i, r in enumerate(REGIONS))]
+    clips = [real_clip(), *(_feed(i, work / "clips") for i in range(len(REGIONS)))]
     played = []
     for clip in clips:
         item = play(bundle, clip, QUESTIONS)
@@ -162,6 +164,12 @@ def _play(bundle: Path, work: Path, console: Console) -> list[Played]:
         for question, answer in item.answers:
             console.print(f"  [dim]{question}[/] {answer.answer} [dim]({answer.ms:.0f} ms)[/]")
     return played
+
+
+def _feed(index: int, folder: Path) -> Clip:
+    """One region's phantom; the kinds of lesion take turns, and every fifth clip has none."""
+    region, kind = REGIONS[index], CLIP_KINDS[index % len(CLIP_KINDS)]
+    return phantom_feed(region, kind, CLIP_SEED + index, folder / region)
 
 
 def _last_hints(item: Played) -> list[Hint]:

@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sonoedge.calibration.phantom import Truth, phantom_clip
+from sonoedge.calibration.phantom.frame import Kind
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.client import Client, listen
+from sonoedge.runtime.preprocess import crop_to_sector
 from sonoedge.runtime.protocol import Answer, Hint
 from sonoedge.runtime.sources import open_source
 
@@ -52,15 +54,15 @@ def real_clip() -> Clip:
             "pydicom's wheel lacks examples_ybr_color.dcm: install the pinned version from constraints.txt"
         )
     source = open_source(str(path), once=True, fps=1000.0)
-    images = tuple(frame.image for frame in source)
+    images = tuple(crop_to_sector(frame) for frame in source)  # what the model sees
     source.close()
     return Clip("real clip: SonoSite, heart (pydicom examples_ybr_color.dcm)", str(path), images)
 
 
-def phantom_feed(region: str, seed: int, folder: Path, frames: int = 60) -> Clip:
+def phantom_feed(region: str, kind: Kind, seed: int, folder: Path, frames: int = 60) -> Clip:
     """A moving phantom as a folder of pictures."""
     folder.mkdir(parents=True)
-    made = list(phantom_clip(seed, frames, region=region))
+    made = list(phantom_clip(seed, frames, region=region, kind=kind))
     for index, frame in enumerate(made):
         cv2.imwrite(str(folder / f"{index:04d}.png"), frame.image)
     images, truths = tuple(frame.image for frame in made), tuple(frame.truth for frame in made)
@@ -101,3 +103,4 @@ def served(bundle: Path, source: str) -> Iterator[dict[str, str]]:
             yield ready
         finally:
             process.send_signal(signal.SIGINT)
+            process.communicate()  # its summary is read, so that it does not write into a closed pipe

@@ -74,7 +74,10 @@ def _losses(
         taught_embeds = teacher.encode_images(batch.patches, batch.grids)  # [merged, hidden]
     embeds = student.encode_images(batch.patches, batch.grids)
     seen = {"embeds": (settings.embeds_weight, functional.mse_loss(embeds, taught_embeds) / taught_embeds.var())}
-    return seen if vision_only else seen | _decoder_losses(student, teacher, batch, embeds, taught_embeds, settings)
+    if vision_only:
+        return seen
+    # Detached: the vision tower learns more from the teacher's image tokens alone than from tokens and answers.
+    return seen | _decoder_losses(student, teacher, batch, embeds.detach(), taught_embeds, settings)
 
 
 def _decoder_losses(
@@ -103,15 +106,14 @@ def _decoder_losses(
     heat = settings.temperature
     spoken = functional.log_softmax(output.logits / heat, dim=-1)  # [answers, vocab]
     taught = functional.log_softmax(taught / heat, dim=-1)
-    share = packed.weights[rows] / packed.weights[rows].sum()  # [answers]
     return {
         "answers": (
             settings.answer_weight,
-            (functional.cross_entropy(output.logits, packed.labels[rows], reduction="none") * share).sum(),
+            functional.cross_entropy(output.logits, packed.labels[rows]),
         ),
         "logits": (
             settings.logits_weight * heat**2,
-            (functional.kl_div(spoken, taught, log_target=True, reduction="none").sum(-1) * share).sum(),
+            functional.kl_div(spoken, taught, log_target=True, reduction="batchmean"),
         ),
         "balance": (
             settings.balance_weight,

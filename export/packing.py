@@ -40,7 +40,6 @@ class PackedBatch(msgspec.Struct, frozen=True):
     positions: Tensor  # int64 [3, B, S]
     attention_bias: Tensor  # float32 [B, 1, S, S], 0 where visible
     labels: Tensor  # int64 [B, S], the token that follows, IGNORE where nothing is learnt
-    weights: Tensor  # float32 [B, S], 1 / tokens of the answer, so that every answer counts the same however long it is
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch with its tensors on `device`."""
@@ -71,7 +70,6 @@ class Packer:
         batch, prefix = len(samples), self.prefix.size
         ids = np.full((batch, longest), self.tokenizer.eos, np.int64)
         labels = np.full((batch, longest), IGNORE, np.int64)
-        weights = np.zeros((batch, longest), np.float32)
         positions = np.zeros((3, batch, longest), np.int64)
         visible = np.zeros((batch, longest, longest), bool)
         visible[:] = np.eye(longest, dtype=bool)
@@ -83,17 +81,13 @@ class Packer:
             for branch, answered_from in branches:
                 end = start + branch.size
                 ids[row, start:end] = branch
-                answer = slice(start + answered_from - 1, end - 1)
-                labels[row, answer] = branch[answered_from:]
-                weights[row, answer] = 1 / (branch.size - answered_from)
+                labels[row, start + answered_from - 1 : end - 1] = branch[answered_from:]
                 positions[:, row, start:end] = self.next_position + np.arange(branch.size)
                 visible[row, start:end, :prefix] = True
                 visible[row, start:end, start:end] = np.tri(branch.size, dtype=bool)
                 start = end
         bias = torch.zeros(batch, 1, longest, longest).masked_fill_(~torch.from_numpy(visible)[:, None], HIDDEN)
-        arrays = ids, positions, labels, weights
-        input_ids, at, targets, shares = (torch.from_numpy(array) for array in arrays)
-        return PackedBatch(input_ids, at, bias, targets, shares)
+        return PackedBatch(torch.from_numpy(ids), torch.from_numpy(positions), bias, torch.from_numpy(labels))
 
     def _encode(self, branch: Branch) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]:
         question = question_ids(self.tokenizer, branch.question)
