@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from enum import Enum
 
@@ -158,6 +159,8 @@ def _export(
     with warnings.catch_warnings(), torch.no_grad():
         # The exporter warns about its own internals (deprecated calls, unused symbols); none of it is ours to mend.
         warnings.simplefilter("ignore")
+        # It also names every torchvision operator that it could not register, and none is used here.
+        logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module.eval(),
             arguments,
