@@ -18,6 +18,7 @@ from sonoedge.runtime.sessions.base import DecoderSpec
 if TYPE_CHECKING:
     import onnxruntime
 
+SMALL_WEIGHTS_BYTES = 4 * 2**20  # a stage smaller than this stays in a core's caches
 HIDDEN = np.float32(-1e9)  # attention bias of what a token must not see
 
 
@@ -28,8 +29,15 @@ def open_session(bundle: Bundle, *, threads: int | None = None) -> OrtSession:
         bundle.graph("decoder", "ort"),
         bundle.manifest.image,
         bundle.manifest.decoder,
-        threads=threads or len(os.sched_getaffinity(0)),
+        threads=threads or _threads(bundle),
     )
+
+
+def _threads(bundle: Bundle) -> int:
+    """Every core for a model whose weights must come from memory; one where waking a second costs more than it does."""
+    known = [cost.bytes for cost in bundle.manifest.stages.values() if cost.bytes is not None]
+    small = bool(known) and max(known) < SMALL_WEIGHTS_BYTES
+    return 1 if small else len(os.sched_getaffinity(0))
 
 
 class OrtSession:
