@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from sonoedge.calibration.phantom import KINDS, REGIONS
 from sonoedge.calibration.phantom.frame import Kind
@@ -162,7 +163,8 @@ def _play(bundle: Path, work: Path, console: Console) -> list[Played]:
                 f"  {hint.hint}: {said} ({hint.probability:.0%}, frame {hint.frame}, {hint.age_ms:.0f} ms old)"
             )
         for question, answer in item.answers:
-            console.print(f"  [dim]{question}[/] {answer.answer} [dim]({answer.ms:.0f} ms)[/]")
+            # A model may say anything, brackets too, which rich would read as markup.
+            console.print(f"  [dim]{question}[/] {escape(answer.answer)} [dim]({answer.ms:.0f} ms)[/]")
     return played
 
 

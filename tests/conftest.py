@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -152,12 +152,11 @@ def tiny_checkpoint(golden_folder: Path, tmp_path_factory: pytest.TempPathFactor
     folder.mkdir()
     recorded = golden_folder / "echovlm_tiny"
     shutil.copyfile(recorded / "model.safetensors", folder / "model.safetensors")
+    sides: tuple[Literal["left", "right"], ...] = ("left", "right", "left", "right")
     truths = [
         Truth(region, quality, "linear", 0.2, Lesion(kind, side, 20.0, 9.0, 15.0, (60.0, y)), 0, 224)
         for region in REGIONS
-        for kind, side, quality, y in zip(
-            KINDS, ("left", "right") * 2, ("good", "poor") * 2, (50.0, 170.0) * 2, strict=True
-        )
+        for kind, side, quality, y in zip(KINDS, sides, ("good", "poor") * 2, (50.0, 170.0) * 2, strict=True)
     ]
     truths += [Truth(region, "good", "linear", 0.2, None, 0, 224) for region in REGIONS]
     write_tokenizer(train_tokenizer(truths, 512, seed=1), folder)
@@ -233,6 +232,7 @@ def tiny_recipe(write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFact
 def tiny(tiny_checkpoint: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Build the smallest checkpoint with the verb itself, and keep the graphs as they were before quantization."""
     from sonoedge.export import build, bundle_graphs
+    from sonoedge.export.graphs import export_decoder, export_vision
 
     bundle = tmp_path_factory.mktemp("built") / "bundle"
     marked = {}
@@ -242,13 +242,12 @@ def tiny(tiny_checkpoint: Path, tiny_recipe: Path, tmp_path_factory: pytest.Temp
         return model
 
     printed = io.StringIO()
-    vision, decoder = bundle_graphs.export_vision, bundle_graphs.export_decoder
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(bundle_graphs, "export_vision", lambda model: keep("vision", vision(model)))
+        patch.setattr(bundle_graphs, "export_vision", lambda model: keep("vision", export_vision(model)))
         patch.setattr(
             bundle_graphs,
             "export_decoder",
-            lambda model, kind, context: keep(kind.name.lower(), decoder(model, kind, context)),
+            lambda model, kind, context: keep(kind.name.lower(), export_decoder(model, kind, context)),
         )
         build.run(tiny_checkpoint, "cpu-x86-64", str(tiny_recipe), "phantoms", bundle, as_json=True)
     report = msgspec.json.decode(printed.getvalue().splitlines()[-1])

@@ -20,7 +20,9 @@ from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
 from sonoedge.export.quantize import plan
 from sonoedge.export.recipe import Quantization, load_recipe
+from sonoedge.runtime import hints
 from sonoedge.runtime.frame import Frame
+from sonoedge.runtime.golden import GoldenCase
 from sonoedge.runtime.model import open_model
 
 
@@ -68,7 +70,7 @@ def test_the_bundle_holds_what_it_says(tiny: Any) -> None:
     assert tiny.report["quantized_share"] == 1.0
     for name in (TOKENIZER_FILE, HINT_SCHEMA_FILE, "familiarity.npz", "golden/0.npz", "golden/1.npz"):
         assert bundle.path(name).is_file()
-    packaged = Path(build.hints.__file__).parent / HINT_SCHEMA_FILE
+    packaged = Path(str(hints.__file__)).parent / HINT_SCHEMA_FILE
     assert bundle.path(HINT_SCHEMA_FILE).read_bytes() == packaged.read_bytes()
 
 
@@ -85,23 +87,20 @@ def test_both_decoders_share_their_weights_and_are_valid(tiny: Any) -> None:
         }
         assert held == {bundle_graphs.WEIGHTS}
         large = [t.name for t in model.graph.initializer if len(t.raw_data) > bundle_graphs.EXTERNAL_BYTES]
-        assert large == []
+        assert large == [], "a second copy of the weights"
         custom = {node.domain for node in model.graph.node} - {"", "sonoedge"}
         assert custom == ({"com.microsoft"} if formulation == "ort" else set())
         if formulation == "qdq":
             onnx.checker.check_model(str(path))
     assert bundle.manifest.stages["decoder"].bytes is not None
-    # A second copy of the int8 weights would show.
-    qdq = bundle.graph("decoder", "qdq").stat().st_size
-    assert qdq < 0.7 * bundle.path(f"graphs/{bundle_graphs.WEIGHTS}").stat().st_size
 
 
 def test_a_built_bundle_gives_hints(tiny: Any) -> None:
     model = open_model(tiny.bundle)
     picture = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
-    hints = model.engine.hints(Frame(picture, 0, 0, None, "test"))
-    assert [hint.hint for hint in hints][:3] == ["region", "quality", "finding"]
-    assert all(sum(hint.candidates.values()) == pytest.approx(1) for hint in hints)
+    said = model.engine.hints(Frame(picture, 0, 0, None, "test"))
+    assert [hint.hint for hint in said][:3] == ["region", "quality", "finding"]
+    assert all(sum(hint.candidates.values()) == pytest.approx(1) for hint in said)
     assert "not for diagnosis" in model.intended_use
     model.session.close()
 
@@ -247,7 +246,7 @@ def test_numbers_that_only_the_graphs_get_wrong_are_refused(
     tiny: Any, quick: None, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sonoedge: Any
 ) -> None:
     """A graph that gives NaN must not pass as one without error."""
-    monkeypatch.setattr(build.GoldenCase, "run", lambda case, _session: np.full_like(case.logits, np.nan))
+    monkeypatch.setattr(GoldenCase, "run", lambda case, _session: np.full_like(case.logits, np.nan))
     ran = sonoedge(
         "build", tiny.checkpoint, "--profile", "cpu-x86-64", "--recipe", few, "--calibration", "phantoms",
         "--out", tmp_path / "bundle",

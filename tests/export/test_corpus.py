@@ -23,7 +23,7 @@ def write_cases(folder: Path, cases: list[tuple[list[tuple[int, int]], list[tupl
     """Write a conversation file: for each case the (height, width) of its pictures and its questions and answers."""
     entries = []
     for number, (sizes, exchanges) in enumerate(cases):
-        names = []
+        names: list[str] = []
         for height, width in sizes:
             name = f"{number}_{len(names)}.png"
             picture = np.random.default_rng(number).integers(0, 255, (height, width, 3), np.uint8)

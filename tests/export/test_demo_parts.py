@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from sonoedge.calibration.phantom import REGIONS
 from sonoedge.errors import SonoEdgeError
@@ -28,7 +28,7 @@ def test_a_contact_sheet_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "sheet.png"
     rows = {"a real clip": [tile(240, 320, 40)] * 3, "phantom: liver": [tile(300, 150, 90)] * (COLUMNS + 2)}
     write_contact_sheet(rows, path, "SonoEdge demo")
-    sheet = cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    sheet = np.asarray(Image.open(path))
     row = TILE + 4 * 17 + 10
     assert sheet.shape == (34 + 2 * (24 + row), COLUMNS * (TILE + 8), 3)
     first = 34 + 24
@@ -56,7 +56,7 @@ def test_lines_say_what_was_said() -> None:
 def test_the_real_clip_is_there() -> None:
     clip = real_clip()
     assert len(clip.images) == 30
-    assert clip.images[0].shape == (240, 320, 3)
+    assert clip.images[0].shape == (192, 256, 3)  # its ultrasound sector, of 240 x 320
     assert clip.truths == ()
 
 
@@ -64,7 +64,7 @@ def test_a_phantom_clip_is_played_by_a_server_of_its_own(
     tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_play, "HINTED_FRAMES", 3)
-    clip = phantom_feed(REGIONS[2], 7, tmp_path / "clip", frames=4)
+    clip = phantom_feed(REGIONS[2], "cyst", 7, tmp_path / "clip", frames=4)
     assert len(clip.truths) == len(clip.images) == len(list((tmp_path / "clip").iterdir())) == 4
     played = play(tiny.bundle, clip, ("Which region is shown?", "是否可见病灶？"))
     assert len({hint.frame for hint in played.hints}) == 3
@@ -74,6 +74,7 @@ def test_a_phantom_clip_is_played_by_a_server_of_its_own(
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    refused = pytest.raises(SonoEdgeError, match=r"server for clip did not start: .*is not a bundle")
-    with refused, served(tmp_path / "nothing", "clip"):
+    clip = phantom_feed(REGIONS[0], None, 8, tmp_path / "clip", frames=1)
+    refused = pytest.raises(SonoEdgeError, match=r"server for .*clip did not start: .*is not a bundle")
+    with refused, served(tmp_path / "nothing", clip.source):
         pass

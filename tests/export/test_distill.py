@@ -127,7 +127,7 @@ def cases(folder: Path, *, answer: str = "liver") -> Path:
     """Conversations about pictures of two sizes, and about two pictures at once."""
     entries = []
     for number, sizes in enumerate([[(60, 90)], [(120, 60)], [(60, 90), (120, 60)]]):
-        names = []
+        names: list[str] = []
         for height, width in sizes:
             names.append(f"{number}_{len(names)}.png")
             picture = np.random.default_rng(number).integers(0, 255, (height, width, 3), np.uint8)

@@ -38,7 +38,7 @@ def test_a_table(tiny: Any, sonoedge: Any) -> None:
     [
         (["/nowhere"], "/nowhere does not exist"),
         (["{bundle}", "--data", "cases.json"], "--data 'cases.json': closed questions are scored on phantoms only"),
-        (["{bundle}", "--frames", "0"], "0 is not in the range"),
+        (["{bundle}", "--frames", "0"], "--frames': Input should be greater than or equal to 1"),
     ],
 )
 def test_refusals(tiny: Any, sonoedge: Any, arguments: list[str], words: str) -> None:

@@ -93,7 +93,8 @@ def run(model: ir.Model, plan: QuantizationPlan, inputs: dict[str, Floats], fold
 
 def fake_quantized(x: Floats, maximum: float) -> Floats:
     scale = np.float32(maximum / INT8_MAX)
-    return (np.clip(np.rint(x / scale), -128, 127) * scale).astype(np.float32)
+    seen: Floats = (np.clip(np.rint(x / scale), -128, 127) * scale).astype(np.float32)
+    return seen
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])

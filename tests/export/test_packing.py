@@ -26,7 +26,10 @@ def logits(model: EchoVLM, packed: PackedBatch, embeds: torch.Tensor) -> torch.T
     repeated = embeds.repeat(packed.input_ids.shape[0], 1)
     bias = packed.attention_bias
     with torch.no_grad():
-        return model(packed.input_ids, packed.positions, image_embeds=repeated, attention_bias=bias).logits
+        found: torch.Tensor = model(
+            packed.input_ids, packed.positions, image_embeds=repeated, attention_bias=bias
+        ).logits
+    return found
 
 
 @pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)

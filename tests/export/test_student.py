@@ -30,7 +30,8 @@ def outputs(model: EchoVLM) -> torch.Tensor:
     ids = torch.tensor([[5, 87, 89, 89, 89, 89, 86, 7, 8]])
     positions = torch.arange(9).expand(3, 1, -1)
     with torch.no_grad():
-        return model(ids, positions, image_embeds=model.encode_images(patches, [(1, 4, 4)])).logits
+        found: torch.Tensor = model(ids, positions, image_embeds=model.encode_images(patches, [(1, 4, 4)])).logits
+    return found
 
 
 def test_equal_sizes_give_equal_outputs(small_model: EchoVLM) -> None:

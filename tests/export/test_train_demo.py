@@ -81,7 +81,7 @@ def trained(
             seen.append({key: float(value.detach()) for key, (_, value) in found.items()})
             return found
 
-        trainer.losses = recorded  # type: ignore[method-assign]
+        trainer.losses = recorded  # type: ignore[method-assign, assignment]
         packer = Packer(tiny_tokenizer, [(1, 6, 6)], SPEC) if phase == "joint" else None
         try:
             trainer.run(phase, getattr(recipe, phase), frames, packer)

@@ -61,10 +61,9 @@ def test_int8_stays_near_the_float_model(tiny: Any, ort: OrtSession, tiny_tokeni
     error = relative(*outputs)
     print("relative error:", error)
     assert 1e-6 < error < 0.2
-    engines = [HintEngine(session, tiny_tokenizer, load_schema()) for session in (ort, torch_session)]
-    hints = [
-        engine.scores(look_at(session, frame)) for engine, session in zip(engines, (ort, torch_session), strict=True)
-    ]
+    sessions: tuple[Session, ...] = (ort, torch_session)
+    engines = [HintEngine(session, tiny_tokenizer, load_schema()) for session in sessions]
+    hints = [engine.scores(look_at(session, frame)) for engine, session in zip(engines, sessions, strict=True)]
     assert hints[0].keys() == hints[1].keys()
     for name, scores in hints[0].items():
         assert relative(scores, hints[1][name]) < 0.1, name
