@@ -42,6 +42,7 @@ class VideoSource(RecordedSource):
             capture.release()
 
     def _open(self) -> cv2.VideoCapture:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warns of is told as one sentence
         capture = cv2.VideoCapture(str(self._path), cv2.CAP_FFMPEG)
         if not capture.isOpened():
             raise SonoEdgeError(
