@@ -10,6 +10,7 @@ from sonoedge.export import train_demo
 from sonoedge.export.evaluate import open_model
 from sonoedge.export.models.loading import open_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTIONS = {"region", "quality", "finding", "kind", "side"}
 
 

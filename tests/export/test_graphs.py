@@ -13,12 +13,15 @@ from safetensors.numpy import load_file
 
 from sonoedge.calibration.ranges import RangeTable
 from sonoedge.errors import SonoEdgeError
+from sonoedge.export.graphs import Attention, export_decoder
 from sonoedge.export.lowering import QuantizationPlan, Scheme, lower
 from sonoedge.export.markers import DOMAIN
+from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.models.loading import init_model, load_checkpoint
 from sonoedge.export.quantize import plan, products, quantized_share
 from sonoedge.export.recipe import Quantization
-from sonoedge.export.torch_session import decoder_spec
+from sonoedge.export.torch_session import TorchSession, decoder_spec
 from sonoedge.runtime.preprocess import ImageSpec, Patches
 from sonoedge.runtime.sessions.ort import OrtSession, _load, patch_places
 
@@ -63,8 +66,6 @@ def cases(golden_folder: Path) -> dict[str, Case]:
 
 @pytest.fixture(scope="module")
 def float_plan(tiny_checkpoint: Path) -> QuantizationPlan:
-    from sonoedge.export.models.loading import load_checkpoint
-
     linears, mixtures = products(load_checkpoint(tiny_checkpoint))
     return QuantizationPlan(dict.fromkeys([*linears, *mixtures, "lm_head"], Scheme.FLOAT), {})
 
@@ -273,3 +274,34 @@ def test_schemes_may_differ_between_experts(
 def test_a_float_name_that_is_no_product_is_refused(tiny_model: EchoVLM, ranges: RangeTable) -> None:
     with pytest.raises(SonoEdgeError, match=r"quantization.float names 'vision', with which no product begins"):
         plan(tiny_model, ranges, Quantization(Scheme.W8A8, ("visual", "vision")))
+
+
+@pytest.mark.parametrize("variant", ["tied and normalised", "dense"])
+def test_other_architectures_are_exported_too(small_config: ModelConfig, tmp_path: Path, variant: str) -> None:
+    """Tied embeddings serve as the head, normalised routing and dense layers keep their meaning."""
+    assert small_config.moe is not None
+    moe = msgspec.structs.replace(small_config.moe, norm_topk_prob=True)
+    tied = variant != "dense"
+    config = msgspec.structs.replace(
+        small_config, num_hidden_layers=1, moe=moe if tied else None, tie_word_embeddings=tied
+    )
+    model = init_model(config, seed=5, std=0.15).eval()
+    linears, mixtures = products(model)
+    names = [*linears, *mixtures, "lm_head"]
+    assert bool(mixtures) == tied
+    graph = export_decoder(model, Attention.IN_PLACE, 32)
+    lower(graph, QuantizationPlan(dict.fromkeys(names, Scheme.FLOAT), {}))
+    ir.save(graph, tmp_path / "in_place.onnx")
+    vision = tmp_path / "in_place.onnx"  # never run here
+    session = OrtSession(vision, tmp_path / "in_place.onnx", ImageSpec(), decoder_spec(config, 32), threads=1)
+    ids = np.array([5, 6, 89, 89, 7, 8, 9], np.int64)
+    positions = np.tile(np.arange(7), (3, 1))
+    embeds = np.random.default_rng(0).normal(0, 1, (2, 48)).astype(np.float32)
+    rows = np.arange(7)
+    wanted = TorchSession(model, ImageSpec(), 32).extend(ids, positions, image_embeds=embeds, logits_rows=rows)
+    first = session.extend(ids[:5], positions[:, :5], image_embeds=embeds, logits_rows=rows[:5])
+    rest = session.extend(ids[5:], positions[:, 5:], logits_rows=rows[:2])
+    error = np.abs(np.concatenate([first, rest]) - wanted).max()
+    print("largest error:", error)
+    assert error < BOUND
+    session.close()
