@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 # Tests take no model from the network, and two libraries each starting a thread pool slow a small machine down.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell that starts the tests in the background lets them, and every program they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine's pauses are no defect of what is tested.
 settings.register_profile("sonoedge", deadline=None)
