@@ -141,7 +141,7 @@ def build(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Checkpoint or bundle.", metavar="CHECKPOINT|BUNDLE")],
-    data: Annotated[str, typer.Option(help="EchoVLM conversations (JSON), or `phantoms`.")] = "phantoms",
+    data: Annotated[str, typer.Option(help="`phantoms`: frames whose truth is known.")] = "phantoms",
     frames: Annotated[int, typer.Option(min=1, help="Fresh phantoms to make, or at most this many cases.")] = 500,
     as_json: AsJson = False,
 ) -> None:
