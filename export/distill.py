@@ -6,7 +6,6 @@ well, since the vision tower is what a small student loses first.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +25,7 @@ from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
 from sonoedge.export.models.saving import TOKENIZER_FILES
 from sonoedge.export.packing import IGNORE
 from sonoedge.export.recipe import Distillation, Recipe, load_recipe
+from sonoedge.export.schedule import warm_cosine
 from sonoedge.export.student import cut_student
 from sonoedge.progress import track
 from sonoedge.runtime.preprocess import ImageSpec
@@ -42,7 +42,9 @@ def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSp
     student = cut_student(teacher, recipe.student)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     optimiser = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.97), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _schedule(settings, step))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: warm_cosine(step, steps=settings.steps, warmup_steps=settings.warmup_steps)
+    )
     student, optimiser, schedule = accelerator.prepare(student, optimiser, schedule)
     teacher = teacher.to(accelerator.device).eval()
     batches = Batches(corpus, tokenizer, spec, size=settings.batch, seed=settings.seed, context=recipe.limits.context)
@@ -120,14 +122,6 @@ def _decoder_losses(
             balance_loss(output.router_logits, mixture.num_experts_per_tok),
         ),
     }
-
-
-def _schedule(settings: Distillation, step: int) -> float:
-    """Linear warm-up, then a cosine to a fiftieth."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    through = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.02 + 0.49 * (1 + math.cos(math.pi * through))
 
 
 def distillation_pool(folder: Path, spec: ImageSpec, settings: Distillation) -> PhantomPool:

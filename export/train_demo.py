@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from sonoedge.export.lessons import branches
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import init_model, save_checkpoint
 from sonoedge.export.packing import IGNORE, Packer
+from sonoedge.export.schedule import warm_cosine
 from sonoedge.export.teacher_recipe import Phase, TeacherRecipe, load_teacher_recipe
 from sonoedge.progress import track
 from sonoedge.runtime.preprocess import ImageSpec
@@ -137,11 +137,8 @@ class Trainer:
 
 
 def learning_rate(phase: Phase, step: int) -> float:
-    """Linear warm-up, then a cosine to a fiftieth of the peak."""
-    if step < phase.warmup_steps:
-        return phase.learning_rate * (step + 1) / phase.warmup_steps
-    through = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
-    return phase.learning_rate * (0.02 + 0.49 * (1 + math.cos(math.pi * through)))
+    """The rate of `step` in a phase."""
+    return phase.learning_rate * warm_cosine(step, steps=phase.steps, warmup_steps=phase.warmup_steps)
 
 
 def draw(pool: PhantomPool, batch: int, rng: np.random.Generator) -> list[LabelledFrame]:
