@@ -15,6 +15,7 @@ from sonoedge.runtime.tokens import Tokenizer
 
 # What EchoVLM was trained with; a checkpoint may set fewer, never the processor's default.
 ECHOVLM_MAX_PIXELS = 196 * 28 * 28
+RANDOM_KEY = "sonoedge_random"  # in config.json: true where `make-checkpoint` drew the weights
 
 Count = Annotated[int, msgspec.Meta(gt=0)]
 Deviation = Annotated[float, msgspec.Meta(gt=0)]
@@ -30,6 +31,23 @@ class _Preprocessor(msgspec.Struct):
     max_pixels: Count = ECHOVLM_MAX_PIXELS
     image_mean: tuple[float, float, float] = ImageSpec().mean
     image_std: tuple[Deviation, Deviation, Deviation] = ImageSpec().std
+
+
+class _Origin(msgspec.Struct):
+    """The key of config.json that says where the weights came from."""
+
+    random: bool = msgspec.field(name=RANDOM_KEY, default=False)
+
+
+def is_random(checkpoint: Path) -> bool:
+    """Whether the weights were drawn at random; raises SonoEdgeError when config.json cannot be read."""
+    path = checkpoint / "config.json"
+    if not path.is_file():
+        raise SonoEdgeError(f"{path} does not exist: give the folder of a checkpoint")
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Origin).random
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SonoEdgeError(f"{path} cannot be read ({error}): copy it from the checkpoint again") from error
 
 
 def image_spec(checkpoint: Path) -> ImageSpec:

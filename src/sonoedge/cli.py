@@ -124,6 +124,21 @@ def distill(
 
 
 @app.command()
+def make_checkpoint(
+    config: Annotated[str, typer.Option(help="Packaged config such as echovlm-7b, or the path of a config.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    random: Annotated[bool, typer.Option("--random", help="Draw the weights: nothing else can be made.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
+    dtype: Annotated[Literal["bf16", "f16", "f32"], typer.Option(help="Of the weights.")] = "bf16",
+    as_json: AsJson = False,
+) -> None:
+    """Write a random checkpoint of any size in the released format, for benches."""
+    from sonoedge.export import make_checkpoint
+
+    make_checkpoint.run(config, random, out, seed, dtype, as_json=as_json)
+
+
+@app.command()
 def build(
     checkpoint: Checkpoint,
     profile: Annotated[str, typer.Option(help="Device profile: an id from `profiles`, or a TOML file.")],

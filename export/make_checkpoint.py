@@ -1,0 +1,137 @@
+"""`sonoedge make-checkpoint`: a checkpoint of any size in the released format with random weights, for benches."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from sonoedge.errors import SonoEdgeError
+from sonoedge.export.byte_tokenizer import write_byte_tokenizer
+from sonoedge.export.checkpoint_files import RANDOM_KEY
+from sonoedge.export.models.config import ModelConfig
+from sonoedge.export.models.config_json import config_tree, read_config
+from sonoedge.export.models.loading import empty_model
+from sonoedge.export.models.saving import DTYPE_NAMES, PREPROCESSOR
+from sonoedge.export.random_weights import DTYPES, RandomWeights
+from sonoedge.export.safetensors_writer import TensorSpec, write_weights
+from sonoedge.progress import track
+
+CONFIGS = Path(__file__).parent / "configs"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+BESIDE_WEIGHTS_BYTES = 16_000_000  # configs, tokenizer and index take less
+
+DType = Literal["bf16", "f16", "f32"]
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What was written."""
+
+    checkpoint: str
+    parameters: int
+    bytes: int  # of the weights
+    files: int  # of the weights
+    seconds: float
+
+
+def run(config: str, random: bool, out: Path, seed: int, dtype: DType, as_json: bool) -> None:
+    """The verb: write a random checkpoint of a packaged config, or of a config.json, to `out`."""
+    if not random:
+        raise SonoEdgeError("--random is missing: only random weights can be made, so say it")
+    made = make_random_checkpoint(named_config(config), out, seed=seed, dtype=dtype)
+    if as_json:
+        print(msgspec.json.encode(made).decode())
+        return
+    print(f"{out}: {made.parameters:,} random parameters, {made.bytes / 1e9:.1f} GB in {made.files} files")
+
+
+def named_config(name: str) -> ModelConfig:
+    """A packaged config by name, or the one at a path (config.json or checkpoint folder); SonoEdgeError for neither."""
+    packaged = {path.stem: path for path in sorted(CONFIGS.glob("*.json"))}
+    if name not in packaged and not Path(name).exists():
+        raise SonoEdgeError(
+            f"config {name!r} is neither packaged nor a file: choose one of {', '.join(packaged)}, "
+            "or give the path of a config.json"
+        )
+    return read_config(packaged.get(name, Path(name)))
+
+
+def make_random_checkpoint(config: ModelConfig, out: Path, *, seed: int = 0, dtype: DType = "bf16") -> Made:
+    """Write a random checkpoint of the shape `config` in bounded memory; equal arguments give equal bytes.
+
+    Raises SonoEdgeError when `out` is not free or its disk is too small; nothing is then left.
+    """
+    began = time.monotonic()
+    tensors = [
+        TensorSpec(name, dtype.upper(), tuple(meta.shape)) for name, meta in empty_model(config).state_dict().items()
+    ]
+    size = sum(tensor.bytes for tensor in tensors)
+    with _complete_or_absent(out, size + BESIDE_WEIGHTS_BYTES) as partial:
+        write_byte_tokenizer(config, partial)
+        _write_settings(config, dtype, partial)
+        weights = RandomWeights(seed)
+        with track(f"write {size / 1e9:.1f} GB of random weights", size) as advance:
+
+            def content(tensor: TensorSpec) -> Iterator[memoryview]:
+                for piece in weights.pieces(tensor):
+                    yield piece
+                    advance(piece.nbytes)
+
+            files = write_weights(partial, tensors, content)
+    parameters = sum(tensor.values for tensor in tensors)
+    return Made(str(out), parameters, size, files, round(time.monotonic() - began, 1))
+
+
+@contextmanager
+def _complete_or_absent(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well, and is removed otherwise."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SonoEdgeError(f"{out} exists and is not an empty folder: remove it, or choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(out.parent).free
+        if free_bytes < needed_bytes:
+            raise SonoEdgeError(
+                f"{out} needs {needed_bytes / 1e9:.1f} GB and its disk has {free_bytes / 1e9:.1f} GB free: "
+                "free space, or choose another --out"
+            )
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise SonoEdgeError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        partial.rename(out)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise SonoEdgeError(f"{out}: the disk is full: free space, or choose another --out") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_settings(config: ModelConfig, dtype: DType, folder: Path) -> None:
+    """Write config.json, preprocessor_config.json and generation_config.json as released checkpoints carry them."""
+    tree = config_tree(config)
+    _write_json(folder / "config.json", tree | {"torch_dtype": DTYPE_NAMES[DTYPES[dtype.upper()]], RANDOM_KEY: True})
+    vision = config.vision
+    geometry = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    _write_json(folder / "preprocessor_config.json", PREPROCESSOR | geometry)
+    ids = {key: tree.get(key) for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    set_ids = {key: value for key, value in ids.items() if value is not None}
+    _write_json(folder / "generation_config.json", set_ids | {"do_sample": False})
+
+
+def _write_json(file: Path, tree: Mapping[str, object]) -> None:
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")
