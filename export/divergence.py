@@ -1,0 +1,89 @@
+"""How far a model's next-token distributions are from the float model's on held samples, the right answers given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sonoedge.export.corpus import Batch
+from sonoedge.export.fake_quant import fake_quantized
+from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.packing import IGNORE, PackedBatch
+from sonoedge.export.scheme import QuantizationPlan
+
+
+class Divergence(msgspec.Struct, frozen=True):
+    """The distance from the float model."""
+
+    kl: float  # mean over answer tokens of KL(float || model), nats
+    top1: float  # share of answer tokens with the same most likely token
+    router: float  # share of tokens and layers with the same set of experts; 1 for a dense model
+
+
+class _Answers(msgspec.Struct, frozen=True):
+    """What a model says to one batch."""
+
+    spoken: Tensor  # log-probabilities [answers, vocab]
+    chosen: Tensor  # bool [layers, tokens, experts]
+
+
+class Reference:
+    """The float model's answers to fixed batches, kept to compare other models with: 4 · answers · vocab bytes."""
+
+    def __init__(self, model: EchoVLM, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+        self._wanted = [_answers(model, batch) for batch in batches]
+
+    def compare(self, model: EchoVLM) -> Divergence:
+        """Run `model` as it is, fake-quantized or not, on the same batches."""
+        kl, same, answers, routed, tokens = 0.0, 0, 0, 0, 0
+        for batch, wanted in zip(self._batches, self._wanted, strict=True):
+            found = _answers(model, batch)
+            kl += float(functional.kl_div(found.spoken, wanted.spoken, log_target=True, reduction="sum"))
+            same += int((found.spoken.argmax(-1) == wanted.spoken.argmax(-1)).sum())
+            answers += wanted.spoken.shape[0]
+            agree = (found.chosen == wanted.chosen).all(-1)  # [layers, tokens]
+            routed, tokens = routed + int(agree.sum()), tokens + agree.numel()
+        # A sum of rounding errors may fall below 0, where no divergence lies.
+        return Divergence(max(kl, 0.0) / answers, same / answers, routed / tokens if tokens else 1.0)
+
+
+def evaluator(model: EchoVLM, batches: Sequence[Batch]) -> Callable[[QuantizationPlan], Divergence]:
+    """Measures plans: `model` in the plan's schemes against itself in float, on `batches`."""
+    reference = Reference(model, batches)
+
+    def evaluate(plan: QuantizationPlan) -> Divergence:
+        with fake_quantized(model, plan):
+            return reference.compare(model)
+
+    return evaluate
+
+
+def real_tokens(packed: PackedBatch) -> Tensor:
+    """bool [B, S]: every token but padding, which alone does not see the first."""
+    return packed.attention_bias[:, 0, :, 0] == 0
+
+
+@torch.no_grad()
+def _answers(model: EchoVLM, batch: Batch) -> _Answers:
+    packed = batch.packed
+    output = model(
+        packed.input_ids,
+        packed.positions,
+        image_embeds=model.encode_images(batch.patches, batch.grids),
+        attention_bias=packed.attention_bias,
+        logits_rows=packed.labels != IGNORE,
+        collect_router=True,
+    )
+    tokens = real_tokens(packed)
+    top = model.config.moe.num_experts_per_tok if model.config.moe else 0
+    chosen = [
+        torch.zeros_like(logits[tokens], dtype=torch.bool).scatter_(-1, logits[tokens].topk(top, -1).indices, True)
+        for logits in output.router_logits
+    ]  # layers of [tokens, experts]
+    spoken = functional.log_softmax(output.logits, dim=-1)
+    return _Answers(spoken, torch.stack(chosen) if chosen else torch.zeros(0, 0, 0, dtype=torch.bool))
