@@ -18,10 +18,10 @@ from typing import Annotated
 
 import msgspec
 import typer
-from benchmarks.answer_once import Answered
-from benchmarks.memory import Measured, run_measured
-from benchmarks.numpy_baseline import convert_seconds, copy_seconds
 
+from benchmarks.answer_once import Answered
+from benchmarks.memory import CommandFailedError, Measured, run_measured
+from benchmarks.numpy_baseline import convert_seconds, copy_seconds
 from sonoedge.export.checkpoint_files import is_random
 from sonoedge.export.models.loading import open_checkpoint
 
@@ -64,6 +64,8 @@ def main(
     folder = Path(mkdtemp(prefix="full-size-", dir=work))
     try:
         result = measure(config, checkpoint, recipe, folder)
+    except CommandFailedError as error:
+        sys.exit(str(error))
     finally:
         if keep:
             _say(f"kept {folder}")
