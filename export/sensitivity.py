@@ -127,7 +127,8 @@ class _Search:
             block, source, target, schemes = found
             before, now = now, self.measure(schemes, self.plan.cache, f"{block} in {target.value}")
             moves.append(Move(block, source, target, before, now, self.total(schemes)))
-            losses[block] = self.alone(block, schemes)
+            if floor.missed(now):
+                losses[block] = self.alone(block, schemes)
         weight_bytes = self.total(schemes)
         missed = floor.missed(now)
         if budget is not None and weight_bytes > budget:
