@@ -15,8 +15,8 @@ from torch.nn import functional
 
 LEVELS = 127  # of symmetric int8
 ALPHAS = tuple(tenth / 10 for tenth in range(1, 11))
-MOST_TOKENS = 512
-MOST_ROWS = 1024  # of each matrix
+MOST_TOKENS = 256
+MOST_ROWS = 512  # of each matrix
 SMALLEST, LARGEST = 2**-13, 2**13  # of a factor: what float32 takes without harm
 
 
@@ -56,19 +56,19 @@ class Found(msgspec.Struct, frozen=True):
     factors: Tensor  # float32 [channels]
 
 
-def search(x: Tensor, maximum: Tensor, weights: Sequence[Tensor], channel: Tensor) -> Found:
-    """Choose the factors under which int8 products of x with `weights` come closest to the float ones.
+def search(x: Tensor, elsewhere: Tensor, maximum: Tensor, weights: Sequence[Tensor], channel: Tensor) -> Found:
+    """Choose the α under which int8 products of x with `weights` come closest to the float ones, and its factors.
 
-    x [tokens, columns]: a sample of the input that all of weights [out, columns] read; maximum [columns]: the largest
-    |x| of every column over all tokens; channel int64 [columns]: the channel of every column, channels shared by
-    several columns having one factor. Factors are max|X|^α / max|W|^(1-α) (SmoothQuant, arXiv 2211.10438), α searched
-    as in AWQ (arXiv 2306.00978); at most 512 tokens and 1024 rows of a matrix, evenly spread, are tried.
+    x [tokens, columns]: a sample of the input that all of weights [out, columns] read; elsewhere [columns]: the largest
+    |x| of every column in samples that x is not from, by which each α is judged; maximum [columns]: the same over all
+    samples, which the factors are made of; channel int64 [columns]: the channel of every column, those with the same
+    channel having one factor. Factors are max|X|^α / max|W|^(1-α) (SmoothQuant, arXiv 2211.10438), α searched as in AWQ
+    (arXiv 2306.00978) on at most 256 tokens and 512 rows of a matrix, evenly spread.
     """
     channels = int(channel.max()) + 1
     best = Found(0.0, torch.ones(channels))
-    if not x.shape[0] or not bool(maximum.any()):
+    if not x.shape[0] or not bool(elsewhere.any()):
         return best
-    activation = _channel_maximum(maximum, channel, channels)
     tokens = evenly(x, MOST_TOKENS)
     rows = [evenly(weight, MOST_ROWS) for weight in weights]
     expected = [functional.linear(tokens, weight) for weight in rows]  # each [tokens, rows]
@@ -77,7 +77,7 @@ def search(x: Tensor, maximum: Tensor, weights: Sequence[Tensor], channel: Tenso
 
     def error(factors: Tensor) -> float:
         columns = factors[channel]
-        step = float((maximum / columns).max()) / LEVELS
+        step = float((elsewhere / columns).max()) / LEVELS
         coded = _rounded(tokens / columns, torch.tensor(step))
         total = 0.0
         for weight, reference in zip(rows, expected, strict=True):
@@ -88,11 +88,13 @@ def search(x: Tensor, maximum: Tensor, weights: Sequence[Tensor], channel: Tenso
         return total
 
     least = error(best.factors)
+    # Judged on the very tokens that the factors come from, α = 1 wins on few samples and fails on any other: it fits
+    # each channel to its largest value, which the next sample exceeds.
+    seen, all_seen = (_channel_maximum(each, channel, channels) for each in (elsewhere, maximum))
     for alpha in ALPHAS:
-        factors = _factors(activation, weight_maximum, alpha)
-        found = error(factors)
+        found = error(_factors(seen, weight_maximum, alpha))
         if found < least:
-            least, best = found, Found(alpha, factors)
+            least, best = found, Found(alpha, _factors(all_seen, weight_maximum, alpha))
     return best
 
 

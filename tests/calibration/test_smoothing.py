@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sonoedge.calibration.smoothing import LARGEST, SMALLEST, Smoothing, evenly, search
+from sonoedge.calibration.smoothing import LARGEST, SMALLEST, Found, Smoothing, evenly, search
 
 
 def int8_error(x: Tensor, weight: Tensor, columns: Tensor) -> float:
@@ -31,10 +31,16 @@ def outliers(seed: int, tokens: int = 96, columns: int = 32) -> tuple[Tensor, Te
     return x, torch.randn(24, columns, generator=generator)
 
 
+def best(x: Tensor, weights: list[Tensor], channel: Tensor) -> Found:
+    """The search judged on the very tokens that the factors are made of."""
+    maximum = torch.cat((torch.zeros(1, x.shape[1]), x.abs())).amax(0)
+    return search(x, maximum, maximum, weights, channel)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_outlier_channels_are_moved_into_the_weights(seed: int) -> None:
     x, weight = outliers(seed)
-    found = search(x, x.abs().amax(0), [weight], torch.arange(32))
+    found = best(x, [weight], torch.arange(32))
     assert 0 < found.alpha <= 1
     before, after = int8_error(x, weight, torch.ones(32)), int8_error(x, weight, found.factors)
     print(f"alpha {found.alpha}, relative error {before:.2e} to {after:.2e}")
@@ -48,7 +54,7 @@ def test_alpha_is_the_best_of_the_grid_for_all_matrices_that_read_the_input(matr
     others = [torch.randn(40, 32, generator=torch.Generator().manual_seed(n)) * 10**n for n in range(1, matrices)]
     weights = [weight, *others]
     maximum = x.abs().amax(0)
-    found = search(x, maximum, weights, torch.arange(32))
+    found = best(x, weights, torch.arange(32))
     errors = {}
     for alpha in (n / 10 for n in range(11)):
         factors = maximum**alpha / torch.cat(weights).abs().amax(0) ** (1 - alpha) if alpha else torch.ones(32)
@@ -58,11 +64,23 @@ def test_alpha_is_the_best_of_the_grid_for_all_matrices_that_read_the_input(matr
     assert reached == pytest.approx(errors[found.alpha], rel=1e-3)  # a factor common to all channels is free
 
 
+def test_alpha_is_judged_on_other_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 32, generator=generator) ** 3  # heavy tails
+    weight = torch.randn(24, 32, generator=generator)
+    few, others = x[:4], x[4:]
+    maximum = few.abs().amax(0)
+    fitted = search(few, maximum, maximum, [weight], torch.arange(32))
+    judged = search(others, maximum, x.abs().amax(0), [weight], torch.arange(32))
+    assert judged.alpha < fitted.alpha  # which fits every channel to the largest of four values
+    assert int8_error(others, weight, judged.factors) < int8_error(others, weight, fitted.factors)
+
+
 def test_nothing_is_moved_where_int8_is_exact() -> None:
     x = torch.randint(-127, 128, (64, 8), generator=torch.Generator().manual_seed(0)).float()
     weight = torch.randint(-127, 128, (8, 8), generator=torch.Generator().manual_seed(1)).float()
     x[0], weight[:, 0] = 127, 127
-    found = search(x, x.abs().amax(0), [weight], torch.arange(8))
+    found = best(x, [weight], torch.arange(8))
     assert found.alpha == 0
     assert torch.equal(found.factors, torch.ones(8))
 
@@ -70,7 +88,7 @@ def test_nothing_is_moved_where_int8_is_exact() -> None:
 def test_a_channel_read_by_several_columns_has_one_factor() -> None:
     x, weight = outliers(4, columns=32)
     channel = torch.arange(8).repeat(4)
-    found = search(x, x.abs().amax(0), [weight], channel)
+    found = best(x, [weight], channel)
     assert found.factors.shape == (8,)
     assert int8_error(x, weight, found.factors[channel]) < int8_error(x, weight, torch.ones(32))
 
@@ -79,12 +97,12 @@ def test_silent_channels_and_unseen_experts_stay() -> None:
     x, weight = outliers(5)
     x[:, [0, 9]] = 0
     weight[:, 5] = 0
-    found = search(x, x.abs().amax(0), [weight], torch.arange(32))
+    found = best(x, [weight], torch.arange(32))
     assert found.alpha > 0
     assert found.factors[[0, 9]].tolist() == [1, 1]
     assert bool(found.factors.isfinite().all())
-    assert search(x[:0], torch.zeros(32), [weight], torch.arange(32)).alpha == 0
-    assert search(x * 0, torch.zeros(32), [weight], torch.arange(32)).alpha == 0
+    assert best(x[:0], [weight], torch.arange(32)).alpha == 0
+    assert best(x * 0, [weight], torch.arange(32)).alpha == 0
 
 
 @given(st.integers(0, 2**31), st.floats(-30, 30))
@@ -92,7 +110,7 @@ def test_factors_stay_where_float32_takes_them(seed: int, exponent: float) -> No
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(20, 6, generator=generator)
     x[:, 2] *= 10.0**exponent
-    found = search(x, x.abs().amax(0), [torch.randn(4, 6, generator=generator)], torch.arange(6))
+    found = best(x, [torch.randn(4, 6, generator=generator)], torch.arange(6))
     assert float(found.factors.min()) >= SMALLEST
     assert float(found.factors.max()) <= LARGEST
 
