@@ -146,9 +146,9 @@ def _least_squares(counts: Histogram, width: float) -> float:
     best, threshold = math.inf, last * width
     for kept in _candidates(last):
         scale = kept * width / (LEVELS - 1)
+        # Magnitudes below half a step round to 0; above, a bin is narrower than a step, so the mean over a step counts.
+        rounding = np.where(centres < scale / 2, centres**2, scale**2 / 12)
         clipped = np.maximum(centres - kept * width, 0.0)
-        # A bin may be narrower than a step of int8: then the mean over the step's positions is what rounding costs.
-        rounding = scale**2 / 12
         error = float((weights * np.where(clipped > 0, clipped**2, rounding)).sum())
         if error < best:
             best, threshold = error, kept * width

@@ -16,6 +16,7 @@ from sonoedge.export.models.moe import SparseMoE
 from sonoedge.export.models.vision import PatchEmbed
 
 DOMAIN = "sonoedge"
+LM_HEAD = "lm_head"
 # A few columns each: routing stays exact, and costs nothing.
 FLOAT_LINEARS = ("moe.gate", "shared_expert_gate", "coefficient")
 
@@ -57,9 +58,11 @@ class MarkedMoE(nn.Module):
     def __init__(self, name: str, moe: SparseMoE) -> None:
         super().__init__()
         self.name, self.moe = name, moe
+        self.layer = int(name.split(".")[2])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         router_logits = self.moe.gate(x)
+        router_logits = probe_mark(f"probe.router.{self.layer}", router_logits)
         weights = self.moe.route(router_logits).to(x.dtype)  # [..., experts]
         projections = [getattr(e, p).weight for e in self.moe.experts for p in ("gate_proj", "up_proj", "down_proj")]
         inputs = (x, weights, *projections)
@@ -68,6 +71,41 @@ class MarkedMoE(nn.Module):
         )
         shared = torch.sigmoid(self.moe.shared_expert_gate(x)) * self.moe.shared_expert(x)
         return routed + shared, router_logits
+
+
+class MarkedEmbedding(nn.Module):
+    """Stands in for the token embeddings, which may be stored as int8 rows."""
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        super().__init__()
+        self.name, self.weight = name, weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Embedding",
+            (ids, self.weight),
+            {"name": self.name},
+            dtype=self.weight.dtype,
+            shape=[*ids.shape, self.weight.shape[1]],
+            version=1,
+        )
+        return embedded
+
+
+def probe_mark(name: str, x: Tensor) -> Tensor:
+    """x under a name that a measurement can ask for."""
+    seen: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::Probe", (x,), {"name": name}, dtype=x.dtype, shape=x.shape, version=1
+    )
+    return seen
+
+
+def checkpoint_key(parameter: str) -> str:
+    """The checkpoint's key of a parameter of an exported graph."""
+    name = parameter.replace(".moe.moe.", ".moe.")
+    if name.startswith("tower."):
+        return f"visual.{name.removeprefix('tower.')}".replace("patch_embed.weight", "patch_embed.proj.weight")
+    return name.removeprefix("model.")
 
 
 def marked(model: EchoVLM) -> EchoVLM:
@@ -79,6 +117,7 @@ def marked(model: EchoVLM) -> EchoVLM:
             _replace(twin, name, MarkedMoE(f"{name}.experts", module))
         elif isinstance(module, PatchEmbed):
             _replace(twin, name, MarkedPatchEmbed(f"{name}.proj", module.proj))
+    twin.model.embed_tokens = MarkedEmbedding("model.embed_tokens", twin.model.embed_tokens.weight)
     for name, module in list(twin.named_modules()):
         clean = name.replace(".moe.moe.", ".moe.")
         if is_product(clean, module):
@@ -93,7 +132,7 @@ def is_product(name: str, module: nn.Module) -> bool:
         isinstance(module, nn.Linear)
         and ".experts." not in name
         and not name.endswith(FLOAT_LINEARS)
-        and name != "lm_head"
+        and name != LM_HEAD
     )
 
 

@@ -1,24 +1,20 @@
-"""From a float model and calibration samples to a plan that gives every product its scheme and its input range."""
+"""Which products a model has, and the plan that gives every one of them its scheme and its input range."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 from torch import nn
 
-from sonoedge.calibration.ranges import RangeTable, observe
+from sonoedge.calibration.table import CalibrationTable
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.corpus import Batches, Corpus
-from sonoedge.export.lowering import QuantizationPlan, Scheme
-from sonoedge.export.markers import is_product
+from sonoedge.export.layout import EMBEDDING
+from sonoedge.export.markers import LM_HEAD, is_product
+from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.models.loading import empty_model
 from sonoedge.export.models.moe import SparseMoE
 from sonoedge.export.models.vision import PatchEmbed
 from sonoedge.export.recipe import Quantization
-from sonoedge.progress import track
-from sonoedge.runtime.preprocess import ImageSpec
-from sonoedge.runtime.tokens import Tokenizer
+from sonoedge.export.scheme import QuantizationPlan, Scheme
 
 
 def products(model: EchoVLM) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -35,43 +31,29 @@ def products(model: EchoVLM) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
     return linears, mixtures
 
 
-def calibrate(
-    model: EchoVLM, corpus: Corpus, tokenizer: Tokenizer, spec: ImageSpec, *, frames: int, context: int
-) -> RangeTable:
-    """Run `frames` samples with their questions and answers through the float model and note every range.
+def product_names(config: ModelConfig) -> tuple[str, ...]:
+    """The names of all products of a model of these sizes, in its order, the head last."""
+    linears, mixtures = products(empty_model(config))
+    return (*linears, *mixtures, LM_HEAD)
 
-    Raises SonoEdgeError when the corpus holds fewer frames, and naming the product whose activations are not finite.
+
+def make_plan(config: ModelConfig, table: CalibrationTable, settings: Quantization) -> QuantizationPlan:
+    """Give every product its scheme; raises SonoEdgeError for a recipe entry that names no product.
+
+    Embeddings are looked up, not multiplied: they are int8 rows unless the recipe keeps them float.
     """
-    if len(corpus) < frames:
-        raise SonoEdgeError(
-            f"calibration.frames = {frames} and the data holds {len(corpus)}: give more data, or ask for fewer frames"
-        )
-    batches = Batches(corpus, tokenizer, spec, size=1, seed=0, context=context)
-    linears, mixtures = products(model)
-    with observe(linears, {"lm_head": model.model.norm}, mixtures) as table, track("calibrate", frames) as advance:
-        for index in range(frames):
-            sample = corpus.sample(index, np.random.default_rng(index))
-            batch = batches.collate(tuple(image.grid for image in sample.images), [sample])
-            embeds = model.encode_images(batch.patches, batch.grids)
-            packed = batch.packed
-            model(packed.input_ids, packed.positions, image_embeds=embeds, attention_bias=packed.attention_bias)
-            advance(1)
-        table.frames = frames
-    return table
-
-
-def plan(model: EchoVLM, table: RangeTable, settings: Quantization) -> QuantizationPlan:
-    """Give every product of the model its scheme; raises SonoEdgeError for a recipe entry that names no product."""
-    linears, mixtures = products(model)
-    names: Sequence[str] = [*linears, *mixtures, "lm_head"]
-    for prefix in settings.float:
-        if not any(name.startswith(prefix) for name in names):
+    names = product_names(config)
+    for prefix in settings.schemes:
+        if not any(name.startswith(prefix) for name in (*names, EMBEDDING)):
             raise SonoEdgeError(
-                f"quantization.float names {prefix!r}, with which no product begins: write names such as {names[0]!r}"
+                f"quantization.schemes names {prefix!r}, with which no product begins: write names such as {names[0]!r}"
             )
-    return QuantizationPlan({name: settings.scheme(name) for name in names}, table.input_maximum)
+    schemes = {name: settings.scheme(name) for name in names}
+    schemes[EMBEDDING] = Scheme.FLOAT if settings.scheme(EMBEDDING) is Scheme.FLOAT else Scheme.W8A16
+    return QuantizationPlan(schemes, table.input_maximum, settings.cache, table.cache_maximum)
 
 
 def quantized_share(plan: QuantizationPlan) -> float:
-    """Fraction of the products that are computed in int8."""
-    return sum(scheme is not Scheme.FLOAT for scheme in plan.schemes.values()) / len(plan.schemes)
+    """Fraction of the products whose weights are int8."""
+    schemes = [scheme for name, scheme in plan.schemes.items() if name != EMBEDDING]
+    return sum(scheme is not Scheme.FLOAT for scheme in schemes) / len(schemes)

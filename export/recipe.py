@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.explain import explain
-from sonoedge.export.lowering import Scheme
+from sonoedge.export.scheme import CacheScheme, Scheme
 
 VERSION = 1
 DEFAULT = Path(__file__).parent / "recipes" / "demo.toml"
@@ -53,22 +53,64 @@ class Distillation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which frames give the activation ranges, and how often every expert must have been used."""
+    """Which frames give the activation ranges, how a range is chosen, and how often every expert must be used."""
 
     first_frame_seed: Seed
     frames: Count
     least_expert_tokens: Least
+    observer: Literal["min-max", "percentile", "entropy", "mse"] = "min-max"
+    percentile: Annotated[float, msgspec.Meta(gt=50, le=100)] = 99.99
+    smooth: bool = False
 
 
 class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The scheme of every product."""
+    """The scheme of every product: that of the longest name, or beginning of a name, in `schemes`, else `default`.
+
+    graphs: "speed" keeps weights for many tokens at once and for one token in memory, "memory" one form of them only.
+    """
 
     default: Scheme
-    float: tuple[str, ...] = ()
+    graphs: Literal["speed", "memory"] = "speed"
+    cache: CacheScheme = CacheScheme.FLOAT
+    schemes: dict[str, Scheme] = {}
 
     def scheme(self, name: str) -> Scheme:
         """The scheme of the product called `name`."""
-        return Scheme.FLOAT if name.startswith(self.float) else self.default
+        found = [prefix for prefix in self.schemes if name.startswith(prefix)]
+        return self.schemes[max(found, key=len)] if found else self.default
+
+
+class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Widens the schemes of the most sensitive blocks until the floor is met."""
+
+    frames: Count
+    memory_budget_bytes: Count | None = None  # of the weights; None: no limit
+
+
+class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """On how many frames INT8 is compared with float, and the floors that a build must hold (None: reported only)."""
+
+    first_frame_seed: Seed
+    frames: Count
+    least_top1: Share | None = None
+    least_answers: Share | None = None
+    least_router: Share | None = None
+    largest_kl: Positive | None = None
+    largest_bleu1_drop: Positive | None = None  # points
+    largest_rouge1_drop: Positive | None = None  # points
+
+
+class Qat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A short quantization-aware pass of the checkpoint against itself in float."""
+
+    seed: Seed
+    first_frame_seed: Seed
+    frames: Count
+    steps: Count
+    batch: Count
+    learning_rate: Positive
+    warmup_steps: Least
+    temperature: Positive
 
 
 class Hints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,15 +130,18 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything between a checkpoint and a bundle that somebody may choose."""
+    """Everything between a checkpoint and a bundle that somebody may choose; a section that is left out is not done."""
 
     version: int
-    student: StudentShape
-    distill: Distillation
     calibration: Calibration
     quantization: Quantization
-    hints: Hints
     limits: Limits
+    student: StudentShape | None = None
+    distill: Distillation | None = None
+    hints: Hints | None = None
+    qat: Qat | None = None
+    search: Search | None = None
+    fidelity: Fidelity | None = None
 
     @property
     def sha256(self) -> str:

@@ -1,0 +1,56 @@
+"""Pass: every initializer without a value points at its bytes in the weights file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from sonoedge.export.layout import Layout
+from sonoedge.export.passes.base import Pass, PassError
+from sonoedge.export.passes.lower_products import BITS
+
+
+class AttachWeights(Pass):
+    """Requires: initializers without a value are named as in the layout. Ensures: every initializer has one, none is idle.
+
+    The file need not be written yet.
+    """
+
+    def __init__(self, layout: Layout, file: Path) -> None:
+        self._layout, self._file = layout, file
+
+    def requires(self, model: ir.Model) -> None:
+        used = _used(model)
+        for name in [name for name in model.graph.initializers if name not in used]:
+            del model.graph.initializers[name]
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None and name.removesuffix(BITS) not in self._layout.tensors:
+                raise PassError(f"the layout has no {name}")
+
+    def apply(self, model: ir.Model) -> None:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is not None:
+                continue
+            stored = self._layout.tensors[name.removesuffix(BITS)]
+            assert value.dtype is not None  # given when it was made
+            value.shape = ir.Shape(stored.shape)
+            value.const_value = ir.ExternalTensor(
+                self._file.name,
+                stored.offset,
+                stored.length,
+                value.dtype,
+                shape=ir.Shape(stored.shape),
+                name=name,
+                base_dir=self._file.parent,
+            )
+
+    def ensures(self, model: ir.Model) -> None:
+        for name, value in model.graph.initializers.items():
+            if value.const_value is None:
+                raise PassError(f"{name} has no value")
+
+
+def _used(model: ir.Model) -> set[str]:
+    """Names of the values that something reads."""
+    return {str(value.name) for node in model.graph for value in node.inputs if value is not None}

@@ -1,0 +1,131 @@
+"""Pass: every `sonoedge::Linear` and `sonoedge::Experts` mark becomes operators in the plan's scheme."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from sonoedge.export.layout import Layout, expert_name, int8_name, product_key, scale_name
+from sonoedge.export.models.config import ModelConfig
+from sonoedge.export.passes.base import Pass, PassError, marks, name_of
+from sonoedge.export.passes.emitter import Emitter, filled, initializer, replace
+from sonoedge.export.passes.experts import Shape, experts_function, qmoe
+from sonoedge.export.passes.products import Inputs, Purpose, Weights, needs_bits, needs_zero, product
+from sonoedge.export.scheme import QuantizationPlan, Scheme
+
+BITS = "_bits"  # suffix of a view of int8 bytes as uint8
+TYPES = {"int8": ir.DataType.INT8, "float32": ir.DataType.FLOAT}
+
+
+class LowerProducts(Pass):
+    """Requires: marks whose names the plan knows, weights in the layout.
+
+    Ensures: no `sonoedge::Linear` is left; a node of experts is left only with the function that says what it computes;
+    int8 weights have zero point 0 and a scale an output channel or a block.
+    """
+
+    def __init__(self, config: ModelConfig, plan: QuantizationPlan, layout: Layout, purpose: Purpose) -> None:
+        self._config, self._plan, self._layout, self._purpose = config, plan, layout, purpose
+        self._inputs = Inputs()
+
+    def requires(self, model: ir.Model) -> None:
+        for node in marks(model, "Linear", "Experts"):
+            if name_of(node) not in self._plan.schemes:
+                raise PassError(f"the plan has no scheme for {name_of(node)}")
+
+    def apply(self, model: ir.Model) -> None:
+        for node in marks(model, "Linear", "Experts"):
+            if node.op_type == "Linear":
+                self._linear(model.graph, node)
+            else:
+                self._experts(model, node)
+
+    def _linear(self, graph: ir.Graph, node: ir.Node) -> None:
+        name, scheme = name_of(node), self._plan.schemes[name_of(node)]
+        x, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        assert x is not None  # a mark has its input
+        assert x.shape is not None  # the exporter infers it
+        emit = Emitter(name)
+        key = product_key(name, self._config)
+        values = key if scheme is Scheme.FLOAT else int8_name(key, scheme)
+        weights = self._weights(graph, scheme, values, scale_name(key, scheme))
+        ranked = len(x.shape) > 2
+        matrix = self._inputs.flat(emit, x, weights.columns) if ranked else x
+        scale = None
+        if scheme is Scheme.W8A8:
+            scale = self._inputs.scale(emit, x, self._plan.activation_scale(name))
+        result = product(emit, self._inputs, matrix, weights, scheme, self._purpose, scale)
+        if bias is not None:
+            result = emit("Add", result, bias)
+        if ranked:  # [1, tokens, out]
+            result = emit("Reshape", result, emit.constant([1, -1, weights.rows]))
+        replace(graph, node, emit.nodes, [result])
+
+    def _experts(self, model: ir.Model, node: ir.Node) -> None:
+        name, graph = name_of(node), model.graph
+        scheme, moe = self._plan.schemes[name], self._config.moe
+        assert moe is not None  # the mark comes from a mixture
+        hidden = self._config.hidden_size
+        shape = Shape(moe.num_experts, moe.num_experts_per_tok, hidden, moe.moe_intermediate_size)
+        emit = Emitter(name)
+        x, weights = node.inputs[:2]
+        assert x is not None  # a mark has its inputs
+        assert weights is not None
+        matrix = self._inputs.flat(emit, x, hidden)
+        shares = emit("Reshape", weights, emit.constant([-1, shape.experts]))
+        if self._purpose is Purpose.TOKEN and scheme is not Scheme.FLOAT and shape.block(scheme) is not None:
+            stored = {
+                f"{part}_{what}": self._stored(graph, f"{name}.{part}_{what}", bits=what == "values")
+                for part in ("gate_up", "down")
+                for what in ("values", "scale")
+            }
+            mixed = qmoe(emit, matrix, shares, shape, scheme, stored)
+        else:
+            function = experts_function(shape, scheme, self._purpose)
+            model.functions[function.identifier()] = function
+            arguments = [matrix, shares, *self._arguments(graph, emit, name, scheme, shape.experts)]
+            call = ir.Node(function.domain, function.name, arguments, num_outputs=1, name=name)
+            emit.nodes.append(call)
+            mixed = call.outputs[0]
+        replace(graph, node, emit.nodes, [emit("Reshape", mixed, emit.constant([1, -1, hidden]))])
+
+    def _arguments(
+        self, graph: ir.Graph, emit: Emitter, name: str, scheme: Scheme, experts: int
+    ) -> list[ir.Value | None]:
+        """What `experts_function` takes after the activations, in its order."""
+        found: list[ir.Value | None] = []
+        fixed = scheme is Scheme.W8A8
+        if fixed:
+            found.append(emit.constant(np.array(self._plan.activation_scale(name), np.float32)))
+        for expert in range(experts):
+            for part in ("gate_up", "down"):
+                if fixed and part == "down":
+                    scale = self._plan.activation_scale(f"{name}.{expert}.down_proj")
+                    found.insert(len(found), emit.constant(np.array(scale, np.float32)))
+                label = [expert_name(name, expert, part, what) for what in ("values", "scale")]
+                found += [value for value in self._weights(graph, scheme, *label)[2:] if value is not None]
+        return found
+
+    def _weights(self, graph: ir.Graph, scheme: Scheme, values: str, scale: str) -> Weights:
+        """The weights called `values` as initializers, with what the scheme needs beside them."""
+        rows, columns = self._layout.tensors[values].shape
+        return Weights(
+            rows,
+            columns,
+            self._stored(graph, values, bits=needs_bits(scheme, self._purpose)),
+            None if scheme is Scheme.FLOAT else self._stored(graph, scale),
+            filled(graph, f"{values}_zero", np.zeros(self._layout.tensors[scale].shape, np.int8))
+            if needs_zero(scheme, self._purpose)
+            else None,
+        )
+
+    def _stored(self, graph: ir.Graph, name: str, *, bits: bool = False) -> ir.Value:
+        stored = self._layout.tensors[name]
+        if bits:
+            return initializer(graph, name + BITS, ir.DataType.UINT8, stored.shape)
+        return initializer(graph, name, TYPES[stored.dtype], stored.shape)
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in marks(model, "Linear", "Experts"):
+            if node.op_type == "Linear" or node.op_identifier() not in model.functions:
+                raise PassError(f"{name_of(node)} has no meaning")
