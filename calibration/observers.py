@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sonoedge.calibration.thresholds import (
+    Counts,
+    entropy_threshold,
+    percentile_threshold,
+    squared_error_threshold,
+)
 from sonoedge.errors import SonoEdgeError
 
 Method = Literal["min-max", "percentile", "entropy", "mse"]
-BINS = 2048
-LEVELS = 128  # magnitudes that int8 has, zero included
-STRIDE = 8  # bins between two thresholds that are tried
-
-Histogram = npt.NDArray[np.float64]
+BINS = 8192  # where the largest value is a thousand times the usual one, eight of them still tell the usual ones apart
+PORTION = 2**16  # values counted at once, so that what is computed of them stays in the processor's cache
+LEAST_EXPONENT = -100  # of the upper end: what lies below is 0 to any product that has a larger input too
 
 
 class Observer(Protocol):
     """Sees values in any portions and says where to clip."""
 
     def update(self, values: Tensor) -> None:
-        """Note values of any shape; raises SonoEdgeError when one is not finite."""
+        """Note values of any shape; raises SonoEdgeError naming the product when one is not finite."""
         ...
 
     def threshold(self) -> float:
@@ -37,129 +40,82 @@ class Observer(Protocol):
         ...
 
 
-def make_observer(method: Method, percentile: float = 99.99) -> Observer:
-    """An observer of the given kind; `percentile` of the magnitudes is what the kind of that name keeps."""
+def make_observer(method: Method, percentile: float = 99.99, name: str = "a product") -> Observer:
+    """An observer of the given kind for the input of the product `name`.
+
+    percentile: of the magnitudes, how many the observer "percentile" keeps. Raises SonoEdgeError for another kind.
+    """
     if method == "min-max":
-        return _MinMax()
-    choose: dict[str, Callable[[Histogram, float], float]] = {
-        "percentile": lambda counts, width: _percentile(counts, width, percentile),
-        "entropy": _entropy,
-        "mse": _least_squares,
+        return _MinMax(name)
+    choose: dict[str, Callable[[Counts, float], float]] = {
+        "percentile": partial(percentile_threshold, percentile=percentile),
+        "entropy": entropy_threshold,
+        "mse": squared_error_threshold,
     }
     if method not in choose:
         raise SonoEdgeError(f"calibration.observer {method!r} is unknown: choose min-max, {', '.join(choose)}")
-    return _Histogram(choose[method])
+    return _Histogram(name, choose[method])
 
 
 class _MinMax:
     """Keeps everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._largest = 0.0
 
     def update(self, values: Tensor) -> None:
-        self._largest = max(self._largest, _largest(values))
+        self._largest = max(self._largest, _largest(values, self._name))
 
     def threshold(self) -> float:
         return self._largest
 
 
 class _Histogram:
-    """Counts magnitudes in equal bins up to a power of two, so that the portions in which values come do not matter."""
+    """Counts magnitudes in equal bins up to a power of two: however the values are portioned, the counts are the same.
 
-    def __init__(self, choose: Callable[[Histogram, float], float]) -> None:
-        self._choose = choose
+    A larger power of two joins neighbouring bins, and a value's bin is found without rounding.
+    """
+
+    def __init__(self, name: str, choose: Callable[[Counts, float], float]) -> None:
+        self._name, self._choose = name, choose
         self._counts = torch.zeros(BINS, dtype=torch.int64)
-        self._exponent: int | None = None  # of the upper end
+        self._exponent = LEAST_EXPONENT  # of the upper end
         self._largest = 0.0
 
     def update(self, values: Tensor) -> None:
-        largest = _largest(values)
-        self._largest = max(self._largest, largest)
-        if largest:
+        largest = _largest(values, self._name)
+        if largest > self._largest:
+            self._largest = largest
             self._widen(math.frexp(largest)[1])
-        # Zeros seen before anything else fall into the first bin of any range.
-        scale = math.ldexp(BINS, -(self._exponent or 0))
-        places = (values.detach().abs().flatten().to(torch.float64) * scale).to(torch.int64).clamp_(max=BINS - 1)
-        self._counts += torch.bincount(places, minlength=BINS)
+        scale = math.ldexp(BINS, -self._exponent)
+        for portion in values.detach().flatten().split(PORTION):
+            bins = portion.to(torch.float32).abs().mul_(scale).to(torch.int32)
+            self._counts += torch.bincount(bins, minlength=BINS)
 
     def _widen(self, exponent: int) -> None:
-        """Let bins be as wide as a range up to 2^exponent needs, joining neighbours."""
-        if self._exponent is None:
-            self._exponent = exponent
-        while self._exponent < exponent:
+        """Let the bins reach 2^exponent."""
+        wider = exponent - self._exponent
+        if wider <= 0:
+            return
+        self._exponent = exponent
+        for _ in range(min(wider, BINS.bit_length())):
             joined = self._counts.view(-1, 2).sum(1)
-            self._counts = torch.cat([joined, torch.zeros(BINS - joined.numel(), dtype=torch.int64)])
-            self._exponent += 1
+            self._counts = torch.cat([joined, torch.zeros_like(joined)])
 
     def threshold(self) -> float:
-        if self._exponent is None:
+        if self._largest == 0:
             return 0.0
-        width = math.ldexp(1 / BINS, self._exponent)
-        return min(self._largest, self._choose(self._counts.numpy().astype(np.float64), width))
+        return min(self._largest, self._choose(self._counts.numpy(), math.ldexp(1 / BINS, self._exponent)))
 
 
-def _largest(values: Tensor) -> float:
-    largest = float(values.detach().abs().max()) if values.numel() else 0.0
+def _largest(values: Tensor, name: str) -> float:
+    """The largest magnitude; raises SonoEdgeError when one is not finite."""
+    if not values.numel():
+        return 0.0
+    largest = float(torch.linalg.vector_norm(values.detach().flatten().to(torch.float32), torch.inf))
     if not math.isfinite(largest):
-        raise SonoEdgeError("an activation is not finite: check the checkpoint's weights and the calibration frames")
+        raise SonoEdgeError(
+            f"the input of {name} is not finite: check the checkpoint's weights and the calibration frames"
+        )
     return largest
-
-
-def _percentile(counts: Histogram, width: float, percentile: float) -> float:
-    """The magnitude that `percentile` per cent of all values do not exceed."""
-    reached = np.cumsum(counts) / counts.sum() * 100
-    return (int(np.searchsorted(reached, percentile - 1e-9)) + 1) * width
-
-
-def _entropy(counts: Histogram, width: float) -> float:
-    """The threshold whose int8 distribution is nearest in KL divergence (S. Migacz, "8-bit inference with TensorRT", 2017)."""
-    last = _last(counts)
-    best, threshold = math.inf, last * width
-    for kept in _candidates(last):
-        wanted = counts[:kept].copy()
-        wanted[-1] += counts[kept:].sum()  # clipped values land on the largest level
-        level = np.arange(kept) * LEVELS // kept  # of every bin
-        occupied = counts[:kept] > 0
-        mass = np.bincount(level, counts[:kept], LEVELS)
-        share = np.bincount(level, occupied, LEVELS)
-        given = np.where(occupied, (mass / np.maximum(share, 1))[level], 0.0)
-        divergence = _divergence(wanted, given)
-        if divergence < best:
-            best, threshold = divergence, kept * width
-    return threshold
-
-
-def _divergence(wanted: Histogram, given: Histogram) -> float:
-    p, q = wanted / wanted.sum(), given / max(given.sum(), 1.0)
-    # A bin that only clipped values fill would cost infinitely much; it costs as if it held almost nothing instead.
-    q = np.maximum(q, 1e-12)
-    at = p > 0
-    return float((p[at] * np.log(p[at] / q[at])).sum())
-
-
-def _least_squares(counts: Histogram, width: float) -> float:
-    """The threshold with the least expected squared error of rounding and clipping together."""
-    last = _last(counts)
-    centres = (np.arange(last) + 0.5) * width
-    weights = counts[:last]
-    best, threshold = math.inf, last * width
-    for kept in _candidates(last):
-        scale = kept * width / (LEVELS - 1)
-        # Magnitudes below half a step round to 0; above, a bin is narrower than a step, so the mean over a step counts.
-        rounding = np.where(centres < scale / 2, centres**2, scale**2 / 12)
-        clipped = np.maximum(centres - kept * width, 0.0)
-        error = float((weights * np.where(clipped > 0, clipped**2, rounding)).sum())
-        if error < best:
-            best, threshold = error, kept * width
-    return threshold
-
-
-def _last(counts: Histogram) -> int:
-    """How many bins there are up to the last occupied one."""
-    return int(np.flatnonzero(counts)[-1]) + 1
-
-
-def _candidates(last: int) -> list[int]:
-    """Numbers of bins to keep, the whole range included."""
-    return sorted({*range(min(LEVELS, last), last, STRIDE), last})

@@ -1,45 +1,42 @@
-"""`sonoedge build`: a checkpoint becomes a bundle: calibrated, quantized, exported, compared with the float model."""
+"""`sonoedge build`: a checkpoint becomes a bundle: calibrated, quantized, exported, compared with the float model.
+
+Weights are read and written in row chunks and calibration holds one block at a time, so a checkpoint may be larger than
+memory; what needs the whole model at once (hints, fidelity, the search) is done when it fits.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import math
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import msgspec
-import numpy as np
 import onnxruntime
+import psutil
 
-from sonoedge.bundle import (
-    HINT_SCHEMA_FILE,
-    TOKENIZER_FILE,
-    BundleWriter,
-    Contents,
-    Golden,
-    Hashes,
-    HintCalibration,
-    Manifest,
-    Model,
-)
-from sonoedge.calibration.confidence import expected_calibration_error, fit
-from sonoedge.calibration.known import fit_familiarity
+from sonoedge import __version__
+from sonoedge.bundle import HINT_SCHEMA_FILE, TOKENIZER_FILE, BundleWriter, Contents, Golden, Hashes, Model
 from sonoedge.calibration.pool import PhantomPool, phantom_pool
-from sonoedge.calibration.scores import score_pool
-from sonoedge.device_profiles import load_profile
+from sonoedge.device_profiles import Profile, load_profile
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.bundle_graphs import DECODER_ORT, VISION, write_graphs
-from sonoedge.export.checkpoint_files import image_spec, open_tokenizer
-from sonoedge.export.corpus import Batches, Corpus, open_corpus
-from sonoedge.export.models.echovlm import EchoVLM
-from sonoedge.export.models.loading import load_checkpoint
-from sonoedge.export.quantize import calibrate, plan, quantized_share
+from sonoedge.export.build_report import Built, report
+from sonoedge.export.build_work import BuildWork
+from sonoedge.export.bundle_graphs import DECODE, DECODER, VISION, WEIGHTS, stage_costs, write_graphs
+from sonoedge.export.checkpoint_files import image_spec, is_random, open_tokenizer
+from sonoedge.export.corpus import Corpus, PhantomCorpus, open_corpus
+from sonoedge.export.golden_cases import record_golden
+from sonoedge.export.hint_trust import Trust, fit_trust
+from sonoedge.export.layout import Layout, plan_layout
+from sonoedge.export.models.config import ModelConfig
+from sonoedge.export.models.loading import open_checkpoint
+from sonoedge.export.models.shards import TensorHeader, read_headers
+from sonoedge.export.quantizing import Quantized, quantize, require_legal
 from sonoedge.export.recipe import Recipe, load_recipe
-from sonoedge.export.torch_session import TorchSession, decoder_spec
+from sonoedge.export.torch_session import decoder_spec
+from sonoedge.export.weight_file import write_weights
 from sonoedge.runtime import hints
-from sonoedge.runtime.golden import GoldenCase
 from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.prompt import SYSTEM
 from sonoedge.runtime.sessions.ort import OrtSession
@@ -50,137 +47,164 @@ INTENDED_USE = (
     "Hints are statements of a statistical model about one frame and need a qualified reader."
 )
 TOOLCHAIN = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
-LEAST_GOLDEN_BOUND = 0.02  # float32 sums in another order on another chip stay far below it, a broken kernel far above
-GOLDEN_MARGIN = 2.0
+BYTES_A_PARAMETER = 9  # the float32 model and two forms of its int8 graphs
+MEMORY_SHARE = 0.6  # of what is free now
 
 
-class Built(msgspec.Struct, frozen=True):
-    """What a build measured on the way."""
+class Data(msgspec.Struct, frozen=True):
+    """What a build looks at: samples for activation ranges and, where the truth is known, frames for hints."""
 
-    manifest: Manifest
-    quantized_share: float
-    golden_error: float
-    calibration_error: dict[str, float]
+    corpus: Corpus
+    identity: str  # hash of what the samples are
+    known: PhantomPool | None = None
 
 
-def build_bundle(
-    model: EchoVLM, tokenizer_file: Path, spec: ImageSpec, recipe: Recipe, profile: str, corpus: Corpus, out: Path, *,
-    name: str, random: bool = False, known: PhantomPool | None = None,
-) -> Built:  # fmt: skip
-    """Write the bundle `out`; `known` are frames that hints are made trustworthy on (None: hints stay uncalibrated).
+class _Job(msgspec.Struct, frozen=True):
+    """What a build is asked for, read and checked."""
 
-    Raises SonoEdgeError for anything that cannot be built; nothing is then left at `out`.
+    checkpoint: Path
+    recipe: Recipe
+    device: Profile
+    data: Data
+    name: str
+    config: ModelConfig
+    headers: dict[str, TensorHeader]
+    spec: ImageSpec
+    tokenizer: Tokenizer
+    random: bool
+
+    @property
+    def parameters(self) -> int:
+        """How many the checkpoint has."""
+        return sum(header.parameters for header in self.headers.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the float model and its int8 graphs can be in memory together."""
+        return self.parameters * BYTES_A_PARAMETER < MEMORY_SHARE * int(psutil.virtual_memory().available)
+
+
+def build_bundle(checkpoint: Path, recipe: Recipe, profile: str, data: Data, out: Path, *, name: str) -> Built:
+    """Write the bundle `out` of a checkpoint folder.
+
+    Raises SonoEdgeError for anything that cannot be built; nothing is then left at `out`. The work of a halted build is
+    taken up by the next one of the same checkpoint, recipe, profile and data.
     """
-    device = load_profile(profile)
-    tokenizer = Tokenizer.from_file(tokenizer_file)
-    context = recipe.limits.context
-    decoder = decoder_spec(model.config, context)
-    with BundleWriter(out) as writer:
-        table = calibrate(model, corpus, tokenizer, spec, frames=recipe.calibration.frames, context=context)
-        table.require_coverage(recipe.calibration.least_expert_tokens)
-        chosen = plan(model, table, recipe.quantization)
-        graphs, stages = write_graphs(model, chosen, context, writer)
-        writer.add("calibration.json").write_bytes(msgspec.json.format(msgspec.json.encode(table)))
-        shutil.copyfile(tokenizer_file, writer.add(TOKENIZER_FILE))
-        schema_file = Path(hints.__file__).parent / HINT_SCHEMA_FILE
-        shutil.copyfile(schema_file, writer.add(HINT_SCHEMA_FILE))
-        session = OrtSession(writer.add(VISION), writer.add(DECODER_ORT), spec, decoder, threads=2)
-        error = _write_golden(model, session, corpus, tokenizer, spec, recipe, writer)
-        calibration: dict[str, HintCalibration] = {}
-        trust: dict[str, float] = {}
-        familiarity = None
-        if known is not None:
-            scored = score_pool(session, tokenizer, known, "calibrate confidence")
-            calibration = {hint: fit(scores, recipe.hints.least_accuracy) for hint, scores in scored.hints.items()}
-            trust = {h: expected_calibration_error(s, calibration[h].temperature) for h, s in scored.hints.items()}
-            familiarity = "familiarity.npz"
-            fit_familiarity(scored.mean_embeds, recipe.hints.known_share).save(writer.add(familiarity))
+    refuse_existing(out)
+    config, headers = open_checkpoint(checkpoint)
+    tokenizer = open_tokenizer(checkpoint, config)
+    job = _Job(
+        checkpoint,
+        recipe,
+        load_profile(profile),
+        data,
+        name,
+        config,
+        headers,
+        image_spec(checkpoint),
+        tokenizer,
+        is_random(checkpoint),
+    )
+    whole = job.fits
+    with BuildWork(out, _identity(job)) as work:
+        made = quantize(checkpoint, recipe, job.device, data.corpus, tokenizer, job.spec, work.folder, whole=whole)
+        layout = plan_layout(config, made.plan)
+        kept = _write_weights(work, made, layout)
+        with BundleWriter(out, work.bundle) as writer:
+            return _assemble(job, made, layout, kept, work, writer, whole=whole)
+
+
+def _write_weights(work: BuildWork, made: Quantized, layout: Layout) -> int:
+    """The weights file; returns how many of its units an earlier run had finished."""
+    headers = read_headers(made.checkpoint)
+    files = sorted({header.file for header in headers.values()})
+    identity = [msgspec.json.encode(layout).decode(), made.smoothing.sha256, *map(_stamp, files)]
+    return write_weights(work.weights, layout, headers, made.smoothing, identity=_hash(*identity))
+
+
+def _assemble(
+    job: _Job, made: Quantized, layout: Layout, kept: int, work: BuildWork, writer: BundleWriter, *, whole: bool
+) -> Built:
+    """All the bundle's files around its weights; the session that will serve measures them where it fits in memory."""
+    recipe, context = job.recipe, job.recipe.limits.context
+    two_forms = recipe.quantization.graphs == "speed"
+    decoder = decoder_spec(job.config, context)
+    graphs = write_graphs(job.config, made.plan, layout, context, writer, two_forms=two_forms)
+    work.link_weights(writer.add(WEIGHTS))
+    writer.add("calibration.json").write_bytes(made.table.encoded())
+    shutil.copyfile(job.checkpoint / TOKENIZER_FILE, writer.add(TOKENIZER_FILE))
+    schema_file = Path(hints.__file__).parent / HINT_SCHEMA_FILE
+    shutil.copyfile(schema_file, writer.add(HINT_SCHEMA_FILE))
+    session = None
+    if whole:
+        paths = [writer.add(item.graph.path) for item in (VISION, DECODER)]
+        decode = writer.add(DECODE.graph.path) if two_forms else None
+        session = OrtSession(*paths, job.spec, decoder, decode=decode, threads=2)
+    golden = record_golden(job.checkpoint, session, job.data.corpus, job.tokenizer, job.spec, recipe.limits, writer)
+    trust = Trust()
+    if session is not None and job.data.known is not None and recipe.hints is not None and not job.random:
+        trust = fit_trust(session, job.tokenizer, job.data.known, recipe.hints, writer)
+    if session is not None:
         session.close()
-        prompt = hashlib.sha256(schema_file.read_bytes() + msgspec.json.encode(SYSTEM, order="sorted")).hexdigest()
-        manifest = writer.commit(
-            Contents(
-                model=Model(name, model.config.architecture, sum(p.numel() for p in model.parameters()), random),
-                hashes=Hashes(recipe=recipe.sha256, calibration=table.sha256, prompt=prompt),
-                toolchain=toolchain(),
-                profile=device.id,
-                intended_use=INTENDED_USE,
-                image=spec,
-                decoder=decoder,
-                graphs=graphs,
-                golden=Golden("golden", max(LEAST_GOLDEN_BOUND, round(GOLDEN_MARGIN * error, 4))),
-                stages=stages,
-                hint_calibration=calibration,
-                familiarity=familiarity,
-            )
-        )
-    return Built(manifest, quantized_share(chosen), error, trust)
+    prompt = _hash(schema_file.read_text(), msgspec.json.encode(SYSTEM, order="sorted").decode())
+    contents = Contents(
+        model=Model(job.name, job.config.architecture, job.parameters, job.random),
+        hashes=Hashes(recipe=recipe.sha256, calibration=made.table.sha256, prompt=prompt),
+        toolchain=toolchain(),
+        profile=job.device.id,
+        intended_use=INTENDED_USE,
+        image=job.spec,
+        decoder=decoder,
+        graphs=graphs,
+        golden=Golden("golden", golden.bound),
+        stages=stage_costs(job.config, layout),
+        hint_calibration=trust.hints,
+        familiarity=trust.familiarity,
+    )
+    return Built(writer.commit(contents), made.quantized_share, golden.error, trust.errors, kept)
 
 
-def _write_golden(
-    model: EchoVLM,
-    session: OrtSession,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    spec: ImageSpec,
-    recipe: Recipe,
-    writer: BundleWriter,
-) -> float:
-    """Record what the float model makes of a few samples, and return how far the built graphs are from it.
+def _identity(job: _Job) -> str:
+    """Hash of all that a build depends on."""
+    files = sorted({header.file for header in job.headers.values()})
+    config = (job.checkpoint / "config.json").read_text()
+    profile = msgspec.json.encode(job.device, order="sorted").decode()
+    return _hash(__version__, job.recipe.sha256, profile, config, job.data.identity, *map(_stamp, files))
 
-    Raises SonoEdgeError when the built graphs give numbers that are not finite.
-    """
-    reference = TorchSession(model, spec, recipe.limits.context)
-    batches = Batches(corpus, tokenizer, spec, size=1, seed=1, context=recipe.limits.context)
-    worst = 0.0
-    for index in range(min(recipe.limits.golden_cases, len(corpus))):
-        sample = corpus.sample(index, np.random.default_rng(index))
-        image = sample.images[0]
-        asked = msgspec.structs.replace(sample, images=(image,), branches=sample.branches[:1])
-        packed = batches.collate((image.grid,), [asked]).packed
-        ids, positions = packed.input_ids[0].numpy(), packed.positions[:, 0].numpy()
-        embeds = reference.encode_image(image)
-        reference.rewind(0)
-        logits = reference.extend(ids, positions, image_embeds=embeds, logits_rows=np.arange(len(ids)))
-        case = GoldenCase(image.values, np.asarray(image.grid, np.int64), ids, positions, logits)
-        case.save(writer.add(f"golden/{index}.npz"))
-        error = case.error(session)
-        if not math.isfinite(error):
-            raise SonoEdgeError(
-                f"golden/{index}: the built graphs give numbers that are not finite: keep more products float in "
-                "the recipe"
-            )
-        worst = max(worst, error)
-    return worst
+
+def _stamp(path: Path) -> str:
+    """What tells one state of a file from another without reading it."""
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+def _hash(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def run(checkpoint: Path, profile: str, recipe: str | None, calibration: str, out: Path, as_json: bool) -> None:
     """The verb: build CHECKPOINT into the bundle OUT for a device profile."""
     settings = load_recipe(recipe)
-    load_profile(profile)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SonoEdgeError(f"{out} exists: remove it, or choose another --out")
-    model = load_checkpoint(checkpoint)
+    require_legal(settings, load_profile(profile))
+    refuse_existing(out)
+    config, _ = open_checkpoint(checkpoint)
     spec = image_spec(checkpoint)
-    open_tokenizer(checkpoint, model.config)  # refused now, not after minutes of rendering
+    open_tokenizer(checkpoint, config)  # refused now, not after minutes of rendering
     with TemporaryDirectory(prefix="sonoedge-") as work:
-        known = None
-        pool = None
-        if calibration == "phantoms":
-            pool = calibration_pool(Path(work), spec, settings)
-            known = confidence_pool(Path(work), spec, settings)
-        corpus = open_corpus(calibration, spec, pool)
-        built = build_bundle(
-            model,
-            checkpoint / TOKENIZER_FILE,
-            spec,
-            settings,
-            profile,
-            corpus,
-            out,
-            name=checkpoint.resolve().name,
-            known=known,
-        )
+        data = phantom_data(Path(work), spec, settings, hints=not is_random(checkpoint))
+        if calibration != "phantoms":
+            data = Data(open_corpus(calibration, spec, None), _hash(calibration, _stamp(Path(calibration))))
+        built = build_bundle(checkpoint, settings, profile, data, out, name=checkpoint.resolve().name)
     report(out, built, as_json)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise SonoEdgeError when `out` is anything but absent or an empty folder."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise SonoEdgeError(f"{out} exists: remove it, or choose another --out")
 
 
 def toolchain() -> dict[str, str]:
@@ -190,44 +214,23 @@ def toolchain() -> dict[str, str]:
     }
 
 
-def calibration_pool(folder: Path, spec: ImageSpec, recipe: Recipe) -> PhantomPool:
-    """The phantoms that give activation ranges."""
+def phantom_data(folder: Path, spec: ImageSpec, recipe: Recipe, *, hints: bool) -> Data:
+    """Phantoms for activation ranges and golden cases, and, when the recipe fits hints, others for those."""
     settings = recipe.calibration
-    label = "render calibration phantoms"
-    return phantom_pool(folder, settings.frames, first_seed=settings.first_frame_seed, spec=spec, label=label)
-
-
-def confidence_pool(folder: Path, spec: ImageSpec, recipe: Recipe) -> PhantomPool:
-    """The phantoms that hints are made trustworthy on."""
-    settings = recipe.hints
-    label = "render confidence phantoms"
-    return phantom_pool(folder, settings.frames, first_seed=settings.first_frame_seed, spec=spec, label=label)
-
-
-def report(out: Path, built: Built, as_json: bool) -> None:
-    """Say what was built."""
-    manifest = built.manifest
-    size = sum(entry.bytes for entry in manifest.files.values())
-    if as_json:
-        print(
-            msgspec.json.encode(
-                {
-                    "bundle": str(out),
-                    "model": manifest.model.id,
-                    "bytes": size,
-                    "quantized_share": built.quantized_share,
-                    "golden_error": built.golden_error,
-                    "golden_bound": manifest.golden.bound,
-                    "calibration_error": built.calibration_error,
-                }
-            ).decode()
+    ranges = phantom_pool(
+        folder / "ranges",
+        settings.frames,
+        first_seed=settings.first_frame_seed,
+        spec=spec,
+        label="render calibration phantoms",
+    )
+    known = None
+    if hints and recipe.hints is not None:
+        known = phantom_pool(
+            folder / "known",
+            recipe.hints.frames,
+            first_seed=recipe.hints.first_frame_seed,
+            spec=spec,
+            label="render confidence phantoms",
         )
-        return
-    print(f"{out}: {size / 1e6:.1f} MB, model {manifest.model.id[:12]}, profile {manifest.profile}")
-    share, error = built.quantized_share, built.golden_error
-    print(f"{share:.0%} of the products in int8; logits differ from the float model's by {error:.1%}")
-    for hint, calibration in manifest.hint_calibration.items():
-        print(
-            f"  {hint}: temperature {calibration.temperature:.2f}, silent below {calibration.abstain_below:.2f}, "
-            f"calibration error {built.calibration_error[hint]:.3f}"
-        )
+    return Data(PhantomCorpus(ranges, spec), _hash("phantoms", msgspec.json.encode(spec).decode()), known)

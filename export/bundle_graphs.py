@@ -1,73 +1,78 @@
-"""Writes a bundle's graphs: vision, the decoder for ONNX Runtime and the portable one, over one file of weights."""
+"""Writes a bundle's graphs: for ONNX Runtime and portable, all over one file of weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import msgspec
 import onnx_ir as ir
 
 from sonoedge.bundle import BundleWriter, Graph, StageCost
-from sonoedge.export.graphs import Attention, export_decoder, export_vision
-from sonoedge.export.lowering import QuantizationPlan, lower
-from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.graphs import export_decoder, export_vision
+from sonoedge.export.layout import EMBEDDING, Layout
+from sonoedge.export.lowering import lowered
+from sonoedge.export.models.config import ModelConfig
+from sonoedge.export.passes.products import Purpose
+from sonoedge.export.scheme import QuantizationPlan
 from sonoedge.progress import track
 
-VISION, DECODER_ORT, DECODER_QDQ = "graphs/vision.onnx", "graphs/decoder.ort.onnx", "graphs/decoder.onnx"
-WEIGHTS = "decoder.weights"  # beside the graphs, shared by both decoders
-EXTERNAL_BYTES = 1024
+WEIGHTS = "graphs/model.weights"
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """One graph of a bundle."""
+
+    graph: Graph
+    purpose: Purpose
+
+
+VISION = Wanted(Graph("vision", "ort", "graphs/vision.ort.onnx"), Purpose.ROWS)
+DECODER = Wanted(Graph("decoder", "ort", "graphs/decoder.ort.onnx"), Purpose.ROWS)
+DECODE = Wanted(Graph("decode", "ort", "graphs/decode.ort.onnx"), Purpose.TOKEN)
+PORTABLE_VISION = Wanted(Graph("vision", "qdq", "graphs/vision.onnx"), Purpose.PORTABLE)
+PORTABLE_DECODER = Wanted(Graph("decoder", "qdq", "graphs/decoder.onnx"), Purpose.PORTABLE)
 
 
 def write_graphs(
-    model: EchoVLM, plan: QuantizationPlan, context: int, writer: BundleWriter
-) -> tuple[tuple[Graph, ...], dict[str, StageCost]]:
-    """Export, quantize and write every graph; gives what the manifest lists, and the bytes of weights a stage reads."""
-    with track("export graphs", 3) as advance:
-        vision = export_vision(model)
-        lower(vision, plan)
-        ir.save(vision, writer.add(VISION))
-        advance(1)
-        decoder = export_decoder(model, Attention.IN_PLACE, context)
-        lower(decoder, plan)
-        path = writer.add(DECODER_ORT)
-        ir.save(decoder, path, external_data=WEIGHTS, size_threshold_bytes=EXTERNAL_BYTES)
-        advance(1)
-        portable = export_decoder(model, Attention.STANDARD, context)
-        lower(portable, plan)
-        _share_weights(portable, path)
-        ir.save(portable, writer.add(DECODER_QDQ))
-        advance(1)
-    # The vision graph uses standard operators only, so one file serves both formulations.
-    graphs = (
-        Graph("vision", "ort", VISION),
-        Graph("vision", "qdq", VISION),
-        Graph("decoder", "ort", DECODER_ORT),
-        Graph("decoder", "qdq", DECODER_QDQ),
-    )
-    return graphs, {"vision": StageCost(bytes=weight_bytes(vision)), "decoder": StageCost(bytes=weight_bytes(decoder))}
+    config: ModelConfig, plan: QuantizationPlan, layout: Layout, context: int, writer: BundleWriter, *, two_forms: bool
+) -> tuple[Graph, ...]:
+    """Export and lower every graph; gives what the manifest lists.
+
+    two_forms: a graph for one token at a time beside that for many; else one graph serves both. No weight is read: the
+    graphs say where in the bundle's weights file they are.
+    """
+    weights = writer.add(WEIGHTS)
+    wanted = (VISION, PORTABLE_VISION, DECODER, *([DECODE] if two_forms else []), PORTABLE_DECODER)
+    with track("export graphs", 2 + len(wanted)) as advance:
+        marked = {"vision": export_vision(config)}
+        advance(1, "vision")
+        marked["decoder"] = export_decoder(config, context, plan.cache)
+        advance(1, "decoder")
+        for item in wanted:
+            source = marked["vision" if item.graph.purpose == "vision" else "decoder"]
+            ir.save(lowered(source, config, plan, layout, weights, item.purpose), writer.add(item.graph.path))
+            advance(1, item.graph.path)
+    return tuple(item.graph for item in wanted)
 
 
-def _share_weights(model: ir.Model, other: Path) -> None:
-    """Point the large weights of `model` at those that the graph `other` stored outside itself under the same names."""
-    stored = ir.load(other).graph.initializers
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or tensor.nbytes < EXTERNAL_BYTES or name not in stored:
+def stage_costs(config: ModelConfig, layout: Layout) -> dict[str, StageCost]:
+    """Bytes of weights that one run of each stage reads: every expert for many tokens, the chosen ones for one."""
+    vision = decoder = experts = embeddings = 0
+    for unit in layout.units:
+        size = sum(part.length for part in unit.parts)
+        name = unit.values.name
+        if name.startswith("visual."):
+            vision += size
             continue
-        external = stored[name].const_value
-        # Constants that the exporter folds have names of its own, which another graph may give to other contents.
-        if not isinstance(external, ir.ExternalTensor) or external.tobytes() != tensor.tobytes():
-            continue
-        value.const_value = ir.ExternalTensor(
-            external.location,
-            external.offset,
-            external.length,
-            external.dtype,
-            shape=external.shape,
-            name=name,
-            base_dir=other.parent,
-        )
-
-
-def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all weights of a graph."""
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+        decoder += size
+        if ".moe.experts." in name:
+            experts += size
+        elif name.startswith(EMBEDDING) and not config.tie_word_embeddings:
+            embeddings += size
+    decoder -= embeddings  # a row a token, which is nothing beside the rest
+    unread = 0
+    if config.moe is not None:
+        unread = experts * (config.moe.num_experts - config.moe.num_experts_per_tok) // config.moe.num_experts
+    return {
+        "vision": StageCost(bytes=vision),
+        "decoder": StageCost(bytes=decoder),
+        "decode": StageCost(bytes=decoder - unread),
+    }

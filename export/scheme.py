@@ -12,15 +12,12 @@ from enum import Enum
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from sonoedge.errors import SonoEdgeError
 
 INT8_MAX = 127
 BLOCK = 128  # inputs of a row that share a scale in `W8A16_BLOCK`
-SMALLEST = torch.finfo(torch.float32).tiny
+SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 class Scheme(Enum):
@@ -79,30 +76,23 @@ def _scale(name: str, maximum: Mapping[str, float]) -> float:
     return largest / INT8_MAX
 
 
-def quantize_rows(weight: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 per row, or per `block` inputs of a row (the last block of a row may be short).
-
-    weight float32 [out, in] to int8 [out, in] and scales float32 [out], or [out, ceil(in / block)].
-    Raises SonoEdgeError when a weight is not finite.
-    """
-    rows, columns = weight.shape
-    width = block or columns
-    blocks = -(-columns // width)
-    padded = functional.pad(weight, (0, blocks * width - columns)) if blocks * width > columns else weight
-    split = padded.view(rows, blocks, width)
-    largest = torch.maximum(split.amax(-1), -split.amin(-1))  # [out, blocks]
-    if not bool(torch.isfinite(largest).all()):
-        raise SonoEdgeError("a weight is not finite: check the checkpoint, it cannot be quantized")
-    # Rows of zeros take any scale; the smallest normal number keeps the scale of tiny rows from vanishing.
-    scale = torch.where(largest > 0, (largest / INT8_MAX).clamp(min=SMALLEST), 1.0)  # [out, blocks]
-    int8 = (split / scale[..., None]).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
-    flat = int8.view(rows, -1)[:, :columns]
-    return flat.contiguous(), scale if block is not None else scale[:, 0]
-
-
 def quantize_weight(
     weight: npt.NDArray[np.float32], block: int | None = None
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """`quantize_rows` for arrays."""
-    int8, scale = quantize_rows(torch.from_numpy(np.ascontiguousarray(weight)), block)
-    return int8.numpy(), scale.numpy()
+    """Symmetric int8 per row, or per `block` inputs of a row (the last block of a row may be short).
+
+    weight [out, in] to int8 [out, in] and scales float32 [out], or [out, ceil(in / block)].
+    Raises SonoEdgeError when a weight is not finite.
+    """
+    columns = weight.shape[1]
+    if block is None:
+        largest = np.maximum(weight.max(axis=1), -weight.min(axis=1))[:, None]  # [out, 1]
+    else:
+        largest = np.maximum.reduceat(np.abs(weight), np.arange(0, columns, block), axis=1)  # [out, blocks]
+    if not np.isfinite(largest).all():
+        raise SonoEdgeError("a weight is not finite: check the checkpoint, it cannot be quantized")
+    # Rows of zeros take any scale; the smallest normal number keeps the scale of tiny rows from vanishing.
+    scale = np.where(largest > 0, np.maximum(largest / INT8_MAX, SMALLEST), 1.0).astype(np.float32)
+    steps = weight / (scale if block is None else np.repeat(scale, block, axis=1)[:, :columns])
+    np.clip(np.rint(steps, out=steps), -INT8_MAX, INT8_MAX, out=steps)
+    return steps.astype(np.int8), scale[:, 0] if block is None else scale

@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -23,19 +27,24 @@ from sonoedge.calibration.smoothing import Smoothing
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.layout import Layout, Stored, Unit
 from sonoedge.export.models.shards import TensorHeader
-from sonoedge.export.scheme import quantize_rows
+from sonoedge.export.scheme import quantize_weight
 from sonoedge.progress import track
 
-CHUNK_VALUES = 8 * 2**20  # 32 MiB as float32, a few times that while it is quantized
+CHUNK_VALUES = 2**21  # 8 MiB as float32: small enough for the caches, large enough that Python costs nothing
+THREADS = 2
 HASH_BYTES = 2**22
+
+Rows = npt.NDArray[np.float32]
+_Chunk = tuple[npt.NDArray[np.generic], Rows | None]  # values and scales
 
 
 class CheckpointRows:
-    """Rows of a checkpoint's tensors as float32, smoothed, one file open at a time."""
+    """Rows of a checkpoint's tensors, one file open at a time."""
 
-    def __init__(self, headers: dict[str, TensorHeader], smoothing: Smoothing) -> None:
-        self._headers, self._smoothing = headers, smoothing
-        self._open: tuple[Path, Any] | None = None
+    def __init__(self, headers: dict[str, TensorHeader]) -> None:
+        self._headers = headers
+        self._path: Path | None = None
+        self._file: Any = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> CheckpointRows:
@@ -46,23 +55,26 @@ class CheckpointRows:
     ) -> None:
         self._stack.close()
 
-    def chunks(self, key: str) -> Iterator[Tensor]:
-        """The tensor of `key` in row chunks [rows, columns] ([rows] for vectors), first rows first."""
+    def chunks(self, key: str) -> Iterator[tuple[int, Tensor]]:
+        """First row and values, as the checkpoint has them, of every row chunk of the tensor `key`."""
         header = self._headers[key]
         rows = header.shape[0]
-        columns = header.parameters // rows
-        step = max(1, CHUNK_VALUES // columns)
-        part = self._file(header.file).get_slice(key)
-        for first in range(0, rows, step):
-            chunk = part[first : first + step].to(torch.float32)
-            flat = chunk if chunk.dim() == 1 else chunk.flatten(1)
-            yield self._smoothing.apply(key, flat, first)
-
-    def _file(self, path: Path) -> Any:
-        if self._open is None or self._open[0] != path:
+        step = max(1, CHUNK_VALUES // (header.parameters // rows))
+        if self._path != header.file:
             self._stack.close()
-            self._open = (path, self._stack.enter_context(safe_open(path, framework="pt")))
-        return self._open[1]
+            self._path, self._file = header.file, self._stack.enter_context(safe_open(header.file, framework="pt"))
+        part = self._file.get_slice(key)
+        for first in range(0, rows, step):
+            yield first, part[first : first + step]
+
+
+def float_rows(values: Tensor) -> Rows:
+    """Rows as float32 [rows, columns] ([rows] for vectors)."""
+    flat = values if values.dim() == 1 else values.flatten(1)
+    if flat.dtype is torch.bfloat16:  # its bits are the upper half of a float32's
+        bits: Rows = (flat.view(torch.uint16).numpy().astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return bits
+    return flat.to(torch.float32).numpy()
 
 
 class _Finished(msgspec.Struct, frozen=True):
@@ -86,26 +98,26 @@ def write_weights(
         path.unlink(missing_ok=True)
         journal.write_bytes(msgspec.json.encode(identity) + b"\n")
     kept = 0
-    total = layout.weight_bytes()
     path.touch()
     with (
         path.open("r+b") as file,
         journal.open("ab") as notes,
-        CheckpointRows(headers, smoothing) as rows,
-        track("quantize weights", total) as advance,
+        CheckpointRows(headers) as rows,
+        _one_torch_thread(),
+        ThreadPoolExecutor(THREADS, "quantize") as pool,
+        track("quantize weights", layout.weight_bytes()) as advance,
     ):
         file.truncate(layout.size)
         for unit in layout.units:
-            size = sum(part.length for part in unit.parts)
-            if finished.get(unit.values.name) == (seen := _digest(file, unit) if unit.values.name in finished else ""):
+            name = unit.values.name
+            if name in finished and finished[name] == _digest(file, unit):
                 kept += 1
             else:
-                _write_unit(file, unit, rows)
+                seen = _write_unit(file, unit, rows, smoothing, pool)
                 file.flush()
-                seen = _digest(file, unit)
-                notes.write(msgspec.json.encode(_Finished(unit.values.name, seen)) + b"\n")
+                notes.write(msgspec.json.encode(_Finished(name, seen)) + b"\n")
                 notes.flush()
-            advance(size, unit.values.name)
+            advance(sum(part.length for part in unit.parts), name)
         os.fsync(file.fileno())
     return kept
 
@@ -115,28 +127,60 @@ def journal_of(path: Path) -> Path:
     return path.with_name(path.name + ".journal")
 
 
-def _write_unit(file: BinaryIO, unit: Unit, rows: CheckpointRows) -> None:
-    value_at = unit.values.offset
-    scale_at = None if unit.scale is None else unit.scale.offset
+def _write_unit(
+    file: BinaryIO, unit: Unit, rows: CheckpointRows, smoothing: Smoothing, pool: ThreadPoolExecutor
+) -> str:
+    """Write one unit, its chunks quantized by the pool while the next are read; returns the hash of its bytes."""
+    digest = hashlib.sha256()
+    scales: list[Rows] = []
+    waiting: deque[Future[_Chunk]] = deque()
+
+    def put_oldest() -> None:
+        values, scale = waiting.popleft().result()
+        data = memoryview(np.ascontiguousarray(values)).cast("B")
+        file.write(data)
+        digest.update(data)
+        if scale is not None:
+            scales.append(scale)
+
+    file.seek(unit.values.offset)
     for key in unit.keys:
-        for chunk in rows.chunks(key):
-            if scale_at is None:
-                value_at += _put(file, value_at, chunk)
-                continue
-            try:
-                int8, scale = quantize_rows(chunk, unit.block)
-            except SonoEdgeError as error:
-                raise SonoEdgeError(f"{key}: {error}") from error
-            value_at += _put(file, value_at, int8)
-            scale_at += _put(file, scale_at, scale)
+        for first, values in rows.chunks(key):
+            waiting.append(pool.submit(_ready, key, first, values, unit, smoothing))
+            if len(waiting) > THREADS:
+                put_oldest()
+    while waiting:
+        put_oldest()
+    if unit.scale is not None:
+        data = np.concatenate(scales).tobytes()
+        file.seek(unit.scale.offset)
+        file.write(data)
+        digest.update(data)
+    return digest.hexdigest()
 
 
-def _put(file: BinaryIO, offset: int, tensor: Tensor) -> int:
-    """Write a tensor's bytes at `offset` and return how many."""
-    data = tensor.contiguous().numpy()
-    file.seek(offset)
-    file.write(memoryview(data).cast("B"))
-    return data.nbytes
+def _ready(key: str, first: int, values: Tensor, unit: Unit, smoothing: Smoothing) -> _Chunk:
+    """One chunk as it is stored: smoothed, and quantized where the unit has scales."""
+    rows = float_rows(values)
+    if key in smoothing.row_factors or key in smoothing.column_factors:
+        rows = smoothing.apply(key, torch.from_numpy(rows), first).numpy()
+    if unit.scale is None:
+        return rows, None
+    try:
+        return quantize_weight(rows, unit.block)
+    except SonoEdgeError as error:
+        raise SonoEdgeError(f"{key}: {error}") from error
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Chunks are what runs side by side: threads inside a chunk would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _digest(file: BinaryIO, unit: Unit) -> str:

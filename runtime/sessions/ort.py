@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ def open_session(bundle: Bundle, *, threads: int | None = None) -> OrtSession:
         bundle.graph("decoder", "ort"),
         bundle.manifest.image,
         bundle.manifest.decoder,
+        decode=bundle.find_graph("decode", "ort"),
         threads=threads or _threads(bundle),
     )
 
@@ -43,18 +45,27 @@ def _threads(bundle: Bundle) -> int:
 class OrtSession:
     """A `Session` on ONNX Runtime's CPU provider."""
 
-    def __init__(self, vision: Path, decoder: Path, image: ImageSpec, spec: DecoderSpec, *, threads: int) -> None:
-        """Load both graphs; `threads` is shared by what one call computes."""
+    def __init__(
+        self,
+        vision: Path,
+        decoder: Path,
+        image: ImageSpec,
+        spec: DecoderSpec,
+        *,
+        threads: int,
+        decode: Path | None = None,
+    ) -> None:
+        """Load the graphs; `decode` is the decoder laid out for one token, `threads` is shared by what a call computes."""
         self.image, self.spec = image, spec
         self.length = 0
-        self._vision = _load(vision, threads)
-        self._decoder = _load(decoder, threads)
-        self._binding: Any = self._decoder.io_binding()
+        self._vision = load_graph(vision, threads)
+        self._decoder = _Decoder(decoder, threads)
+        self._decode = self._decoder if decode is None else _Decoder(decode, threads)
         shape = (1, spec.kv_heads, spec.context, spec.head_dim)
         names = [f"{part}_{layer}" for layer in range(spec.layers) for part in ("key", "value")]
         ort_value = _onnxruntime().OrtValue
         # One buffer is the past and the present of a layer: the operator writes new keys and values behind the old.
-        self._cache = {name: ort_value.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
+        self._cache = {name: ort_value.ortvalue_from_numpy(np.zeros(shape, self._decoder.cache_type)) for name in names}
         self._no_image = np.zeros((1, spec.hidden), np.float32)
 
     def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
@@ -104,6 +115,27 @@ class OrtSession:
             "last_token": np.array([total - 1], np.int32),
             "total_tokens": np.array(total, np.int32),
         }
+        decoder = self._decode if new == 1 else self._decoder
+        logits = decoder.run(inputs, self._cache)
+        self.length = total
+        return logits
+
+    def close(self) -> None:
+        """Free the graphs and the cache."""
+        del self._vision, self._decoder, self._decode, self._cache
+
+
+class _Decoder:
+    """One decoder graph; graphs of one bundle take turns at one cache."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._session = load_graph(path, threads)
+        self._binding: Any = self._session.io_binding()
+        held = {value.name: value.type for value in self._session.get_inputs()}
+        self.cache_type = np.int8 if held["past_key_0"] == "tensor(int8)" else np.float32
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]], cache: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+        """Logits [r, vocab]; the cache's buffers take up the new tokens."""
         binding = self._binding
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
@@ -111,17 +143,12 @@ class OrtSession:
         for name, array in zip(inputs, held, strict=True):
             binding.bind_cpu_input(name, array)
         binding.bind_output("logits")
-        for name, value in self._cache.items():
+        for name, value in cache.items():
             binding.bind_ortvalue_input(f"past_{name}", value)
             binding.bind_ortvalue_output(f"present_{name}", value)
-        self._decoder.run_with_iobinding(binding)
-        self.length = total
+        self._session.run_with_iobinding(binding)
         logits: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()
         return logits
-
-    def close(self) -> None:
-        """Free the graphs and the cache."""
-        del self._binding, self._vision, self._decoder, self._cache
 
 
 @functools.lru_cache(maxsize=16)
@@ -143,7 +170,8 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _load(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def load_graph(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A graph of a bundle, with the settings that every one of them needs."""
     runtime = _onnxruntime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -70,11 +70,18 @@ class Bundle(msgspec.Struct, frozen=True):
             raise SonoEdgeError(f"{self.root}: {MANIFEST_FILE} lists no {name}: build the bundle again")
         return self.root / name
 
-    def graph(self, purpose: str, formulation: str) -> Path:
-        """Return the graph made for a purpose in a formulation; raises SonoEdgeError when the bundle has none."""
+    def find_graph(self, purpose: str, formulation: str) -> Path | None:
+        """Return the graph made for a purpose in a formulation, None when the bundle does without."""
         for graph in self.manifest.graphs:
             if (graph.purpose, graph.formulation) == (purpose, formulation):
                 return self.path(graph.path)
+        return None
+
+    def graph(self, purpose: str, formulation: str) -> Path:
+        """Return the graph made for a purpose in a formulation; raises SonoEdgeError when the bundle has none."""
+        found = self.find_graph(purpose, formulation)
+        if found is not None:
+            return found
         raise SonoEdgeError(f"{self.root}: no {purpose} graph in the formulation {formulation}: build the bundle again")
 
 

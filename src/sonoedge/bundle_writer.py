@@ -36,10 +36,10 @@ class BundleWriter:
     Raises SonoEdgeError when `out` exists and is no empty folder, when it cannot be written and when the disk is full.
     """
 
-    def __init__(self, out: Path) -> None:
-        """`out` is the folder to make."""
+    def __init__(self, out: Path, folder: Path | None = None) -> None:
+        """`out` is the folder to make; `folder`, on the same disk, is where its files are until it is complete."""
         self.out = out
-        self._folder = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
+        self._folder = folder or out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
         self._added: set[str] = set()
         self._made: list[Path] = []  # folders above `out` that did not exist, outermost first
         self._committed = False

@@ -64,9 +64,12 @@ class Hashes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One ONNX graph: for ONNX Runtime ("ort") or as portable Q/DQ ("qdq")."""
+    """One ONNX graph: for ONNX Runtime ("ort") or as portable Q/DQ ("qdq").
 
-    purpose: Literal["vision", "decoder"]
+    "decoder" takes any number of tokens; "decode", where a bundle has it, is the same model laid out for one at a time.
+    """
+
+    purpose: Literal["vision", "decoder", "decode"]
     formulation: Literal["ort", "qdq"]
     path: str
 

@@ -1,0 +1,35 @@
+"""What makes the hints of a bundle trustworthy: temperatures, thresholds of silence and familiarity, fitted after INT8."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sonoedge.bundle import BundleWriter, HintCalibration
+from sonoedge.calibration.confidence import expected_calibration_error, fit
+from sonoedge.calibration.known import fit_familiarity
+from sonoedge.calibration.pool import PhantomPool
+from sonoedge.calibration.scores import score_pool
+from sonoedge.export.recipe import Hints
+from sonoedge.runtime.sessions.base import Session
+from sonoedge.runtime.tokens import Tokenizer
+
+FAMILIARITY = "familiarity.npz"
+
+
+class Trust(msgspec.Struct, frozen=True):
+    """Of every hint, its calibration and the calibration error that is left; the file that knows known kinds of image."""
+
+    hints: dict[str, HintCalibration] = {}
+    errors: dict[str, float] = {}
+    familiarity: str | None = None
+
+
+def fit_trust(
+    session: Session, tokenizer: Tokenizer, known: PhantomPool, settings: Hints, writer: BundleWriter
+) -> Trust:
+    """Fit on frames whose truth is known, with the session that will serve."""
+    scored = score_pool(session, tokenizer, known, "calibrate confidence")
+    calibration = {hint: fit(scores, settings.least_accuracy) for hint, scores in scored.hints.items()}
+    errors = {h: expected_calibration_error(s, calibration[h].temperature) for h, s in scored.hints.items()}
+    fit_familiarity(scored.mean_embeds, settings.known_share).save(writer.add(FAMILIARITY))
+    return Trust(calibration, errors, FAMILIARITY)
