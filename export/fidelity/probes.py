@@ -23,7 +23,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.fidelity.metrics import Floats
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.runtime.look import Prompt
-from sonoedge.runtime.sessions.ort import HIDDEN, _load
+from sonoedge.runtime.sessions.ort import HIDDEN, load_graph
 
 PROBE = re.compile(r"probe\.(hidden|router)\.(\d+)")  # values of a decoder graph, by layer
 
@@ -120,7 +120,7 @@ def _loaded_beside(model: onnx.ModelProto, decoder: Path, threads: int) -> Any:
         with tempfile.NamedTemporaryFile(dir=decoder.parent, prefix=".probe-", suffix=".onnx") as copy:
             copy.write(model.SerializeToString())
             copy.flush()
-            return _load(Path(copy.name), threads)
+            return load_graph(Path(copy.name), threads)
     except OSError as error:
         raise SonoEdgeError(
             f"no probed copy of {decoder.name} can be written to {decoder.parent} ({error.strerror}): make room there"
