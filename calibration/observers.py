@@ -24,7 +24,7 @@ from sonoedge.errors import SonoEdgeError
 
 Method = Literal["min-max", "percentile", "entropy", "mse"]
 BINS = 8192  # where the largest value is a thousand times the usual one, eight of them still tell the usual ones apart
-PORTION = 2**16  # values counted at once, so that what is computed of them stays in the processor's cache
+PORTION = 2**17  # values counted at once, so that what is computed of them stays in the cache
 LEAST_EXPONENT = -100  # of the upper end: what lies below is 0 to any product that has a larger input too
 
 
@@ -113,7 +113,8 @@ def _largest(values: Tensor, name: str) -> float:
     """The largest magnitude; raises SonoEdgeError when one is not finite."""
     if not values.numel():
         return 0.0
-    largest = float(torch.linalg.vector_norm(values.detach().flatten().to(torch.float32), torch.inf))
+    least, most = torch.aminmax(values.detach())  # NaN where there is one
+    largest = float(torch.maximum(-least, most))
     if not math.isfinite(largest):
         raise SonoEdgeError(
             f"the input of {name} is not finite: check the checkpoint's weights and the calibration frames"
