@@ -214,7 +214,7 @@ def toolchain() -> dict[str, str]:
     }
 
 
-def phantom_data(folder: Path, spec: ImageSpec, recipe: Recipe, *, hints: bool) -> Data:
+def phantom_data(folder: Path, spec: ImageSpec, recipe: Recipe, *, hints: bool = True) -> Data:
     """Phantoms for activation ranges and golden cases, and, when the recipe fits hints, others for those."""
     settings = recipe.calibration
     ranges = phantom_pool(

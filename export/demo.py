@@ -19,7 +19,7 @@ from sonoedge.calibration.phantom_text import truth_fields
 from sonoedge.calibration.pool import phantom_pool
 from sonoedge.calibration.scores import score_pool
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.build import build_bundle, calibration_pool, confidence_pool
+from sonoedge.export.build import build_bundle, phantom_data
 from sonoedge.export.checkpoint_files import image_spec
 from sonoedge.export.contact_sheet import HintLine, Tile, write_contact_sheet
 from sonoedge.export.corpus import PhantomCorpus
@@ -27,7 +27,7 @@ from sonoedge.export.demo_play import Clip, Played, phantom_feed, play, real_cli
 from sonoedge.export.distill import distil, distillation_pool, parameters
 from sonoedge.export.evaluate import FIRST_FRAME_SEED, open_model, print_accuracy, rounded
 from sonoedge.export.memory import PeakMemory
-from sonoedge.export.models.loading import load_checkpoint
+from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
 from sonoedge.export.recipe import load_recipe
 from sonoedge.export.torch_session import TorchSession
 from sonoedge.runtime.protocol import Hint
@@ -121,8 +121,8 @@ def _make_bundle(work: Path, bundle: Path, seconds: Seconds, console: Console) -
     with seconds.step("load"):
         teacher = load_checkpoint(CHECKPOINT)
     with seconds.step("render"):
-        pool = distillation_pool(work / "train", spec, recipe.distill)
-        ranges, known = calibration_pool(work / "ranges", spec, recipe), confidence_pool(work / "known", spec, recipe)
+        pool = distillation_pool(work / "train", spec, recipe)
+        data = phantom_data(work, spec, recipe)
         fresh = phantom_pool(
             work / "fresh", EVALUATION_FRAMES, first_seed=FIRST_FRAME_SEED, spec=spec, label="render fresh phantoms"
         )
@@ -130,10 +130,9 @@ def _make_bundle(work: Path, bundle: Path, seconds: Seconds, console: Console) -
         student = distil(teacher, tokenizer, PhantomCorpus(pool, spec), spec, recipe)
     console.print(f"student: {parameters(student):,} of the teacher's {parameters(teacher):,} parameters")
     with seconds.step("quantize and export"):
-        build_bundle(
-            student, CHECKPOINT / "tokenizer.json", spec, recipe, "cpu-x86-64", PhantomCorpus(ranges, spec), bundle,
-            name="sonoedge-demo-student", known=known,
-        )  # fmt: skip
+        folder = work / "student"
+        save_checkpoint(student, folder, tokenizer_files_from=CHECKPOINT)
+        build_bundle(folder, recipe, "cpu-x86-64", data, bundle, name="sonoedge-demo-student")
     with seconds.step("evaluate"):
         scored = {
             "teacher": score_pool(TorchSession(teacher, spec, context), tokenizer, fresh, "score the teacher"),

@@ -24,7 +24,7 @@ from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
 from sonoedge.export.models.saving import TOKENIZER_FILES
 from sonoedge.export.packing import IGNORE
-from sonoedge.export.recipe import Distillation, Recipe, load_recipe
+from sonoedge.export.recipe import Distillation, Recipe, StudentShape, load_recipe
 from sonoedge.export.schedule import warm_cosine
 from sonoedge.export.student import cut_student
 from sonoedge.progress import track
@@ -37,9 +37,9 @@ def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSp
 
     Raises SonoEdgeError when the loss is not finite, and as `cut_student` does.
     """
-    settings = recipe.distill
+    shape, settings = sections(recipe)
     torch.manual_seed(settings.seed)
-    student = cut_student(teacher, recipe.student)
+    student = cut_student(teacher, shape)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     optimiser = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.97), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -124,8 +124,16 @@ def _decoder_losses(
     }
 
 
-def distillation_pool(folder: Path, spec: ImageSpec, settings: Distillation) -> PhantomPool:
+def sections(recipe: Recipe) -> tuple[StudentShape, Distillation]:
+    """What the recipe says of the student and its training; raises SonoEdgeError when it says nothing of them."""
+    if recipe.student is None or recipe.distill is None:
+        raise SonoEdgeError("the recipe has no [student] or no [distill]: add both, or take the recipe demo")
+    return recipe.student, recipe.distill
+
+
+def distillation_pool(folder: Path, spec: ImageSpec, recipe: Recipe) -> PhantomPool:
     """The phantoms that the recipe distils on."""
+    _, settings = sections(recipe)
     label = "render training phantoms"
     return phantom_pool(folder, settings.frames, first_seed=settings.first_frame_seed, spec=spec, label=label)
 
@@ -133,6 +141,7 @@ def distillation_pool(folder: Path, spec: ImageSpec, settings: Distillation) -> 
 def run(checkpoint: Path, recipe: str | None, data: str, out: Path, as_json: bool) -> None:
     """The verb: distil CHECKPOINT into OUT, a checkpoint of the same format."""
     settings = load_recipe(recipe)
+    sections(settings)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SonoEdgeError(f"{out} exists and is not an empty folder: choose another --out or remove it")
     teacher = load_checkpoint(checkpoint)
@@ -142,7 +151,7 @@ def run(checkpoint: Path, recipe: str | None, data: str, out: Path, as_json: boo
             raise SonoEdgeError(f"{checkpoint / name} does not exist: copy it from the checkpoint again")
     spec = image_spec(checkpoint)
     with TemporaryDirectory(prefix="sonoedge-") as work:
-        pool = distillation_pool(Path(work), spec, settings.distill) if data == "phantoms" else None
+        pool = distillation_pool(Path(work), spec, settings) if data == "phantoms" else None
         student = distil(teacher, tokenizer, open_corpus(data, spec, pool), spec, settings)
     save_checkpoint(student, out, tokenizer_files_from=checkpoint)
     counts = {"teacher_parameters": parameters(teacher), "student_parameters": parameters(student)}
