@@ -1,4 +1,4 @@
-"""Training samples from phantoms or from a conversation file: images as patches, and what is asked about them."""
+"""Samples from phantoms, conversation files or frames alone: images as patches, and what is asked about them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sonoedge.calibration.conversations import IMAGE_MARK, Conversation, read_conversations
+from sonoedge.calibration.frames import Frames
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.lessons import branches
 from sonoedge.export.packing import Branch, Grid, PackedBatch, Packer
+from sonoedge.export.possible_answers import possible_branches
 from sonoedge.runtime.preprocess import ImageSpec, Patches, preprocess
 from sonoedge.runtime.sources.pictures import read_picture
 from sonoedge.runtime.tokens import Tokenizer
@@ -27,22 +30,37 @@ class Sample(msgspec.Struct, frozen=True):
 
     images: tuple[Patches, ...]
     branches: tuple[Branch, ...]
+    name: str  # in messages
+    region: str | None = None  # where it is known
 
 
 class Corpus(Protocol):
-    """Samples that can be drawn by index."""
+    """Samples that can be drawn by index, in an order that depends on the data alone."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether the answers are right ones, which a model may learn, or possible ones, to measure with."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the samples are read from."""
+        ...
 
     def __len__(self) -> int:
         """How many samples there are."""
         ...
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        """Sample `index`, its variations drawn by `rng`."""
+        """Sample `index`, its variations drawn by `rng`; raises SonoEdgeError naming a file that cannot be read."""
         ...
 
 
 class PhantomCorpus:
     """Phantoms, half of them mirrored, with questions in either language."""
+
+    answered = True
+    files: tuple[Path, ...] = ()
 
     def __init__(self, pool: PhantomPool, spec: ImageSpec) -> None:
         self._pool, self._spec = pool, spec
@@ -52,27 +70,64 @@ class PhantomCorpus:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         frame = self._pool.mirrored(index) if rng.random() < 0.5 else self._pool[index]
-        return Sample((frame.patches(self._spec),), tuple(branches(frame.truth, rng)))
+        truth = frame.truth
+        asked = tuple(branches(truth, rng))
+        return Sample((frame.patches(self._spec),), asked, f"phantom {truth.seed}", truth.region)
 
 
 class ConversationCorpus:
     """The cases of a conversation file in EchoVLM's format, each with an image; every exchange is its own branch."""
 
+    answered = True
+
     def __init__(self, path: Path, spec: ImageSpec) -> None:
         self._cases: Sequence[Conversation] = read_conversations(path)
-        self._spec = spec
+        self._path, self._spec = path, spec
         for case in self._cases:
             if not case.image:
                 raise SonoEdgeError(f"conversations {path}: case {case.id!r} has no image: add one, or remove the case")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self._path, *dict.fromkeys(Path(image) for case in self._cases for image in case.image))
 
     def __len__(self) -> int:
         return len(self._cases)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:  # noqa: ARG002 (a file's cases do not vary)
         case = self._cases[index]
-        images = tuple(preprocess(read_picture(Path(path)), self._spec) for path in case.image)
+        images = tuple(_patches(read_picture(Path(path)), path, self._spec) for path in case.image)
         asked = tuple(Branch(question.replace(IMAGE_MARK, "").strip(), answer) for question, answer in case.exchanges)
-        return Sample(images, asked)
+        region = case.phantom.region if case.phantom else None
+        return Sample(images, asked, f"case {case.id!r} of {self._path}", region)
+
+
+class FrameCorpus:
+    """Frames without questions, each asked for its hints and a report."""
+
+    answered = False
+
+    def __init__(self, frames: Frames, spec: ImageSpec) -> None:
+        self._frames, self._spec = frames, spec
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._frames.files
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        name = self._frames.name(index)
+        return Sample((_patches(self._frames[index], name, self._spec),), possible_branches(index, rng), name)
+
+
+def _patches(picture: npt.NDArray[np.uint8], name: str, spec: ImageSpec) -> Patches:
+    """Patches of a picture [H, W, 3]; raises SonoEdgeError naming one that is too long and thin."""
+    try:
+        return preprocess(picture, spec)
+    except SonoEdgeError as error:
+        raise SonoEdgeError(f"{name}: {error}") from error
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -111,12 +166,22 @@ class Batches:
         return self.collate(grids, samples)
 
     def collate(self, grids: tuple[Grid, ...], samples: Sequence[Sample]) -> Batch:
-        """Samples whose images have `grids`, as one batch."""
+        """Samples whose images have `grids`, as one batch; raises SonoEdgeError naming one longer than the context."""
         if grids not in self._packers:
             self._packers[grids] = Packer(self._tokenizer, grids, self._spec)
         values = [image.values for sample in samples for image in sample.images]
-        packed = self._packers[grids].pack([sample.branches for sample in samples], context=self._context)
+        packed = self._pack(self._packers[grids], samples)
         return Batch(torch.from_numpy(np.concatenate(values)), list(grids) * len(samples), packed)
+
+    def _pack(self, packer: Packer, samples: Sequence[Sample]) -> PackedBatch:
+        try:
+            return packer.pack([sample.branches for sample in samples], context=self._context)
+        except SonoEdgeError as error:
+            if len(samples) == 1:
+                raise SonoEdgeError(f"{samples[0].name}: {error}") from error
+            for sample in samples:  # one of them is refused alone too
+                self._pack(packer, [sample])
+            raise
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, Batch]]:
         """The batches of steps `first` up to and without `last`."""
@@ -125,8 +190,14 @@ class Batches:
 
 
 def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None) -> Corpus:
-    """The corpus that `data` names: "phantoms" (from `pool`) or the path of a conversation file."""
+    """The corpus that `data` names: "phantoms" (from `pool`), a .json file of conversations, or frames.
+
+    Frames are a picture, a DICOM file or a folder of either. Raises SonoEdgeError for data that holds no sample.
+    """
     if data == "phantoms":
         assert pool is not None  # rendered by the caller, who knows the seeds
         return PhantomCorpus(pool, spec)
-    return ConversationCorpus(Path(data), spec)
+    path = Path(data)
+    if path.suffix.lower() == ".json":
+        return ConversationCorpus(path, spec)
+    return FrameCorpus(Frames(path), spec)

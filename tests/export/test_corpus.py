@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from sonoedge.calibration.conversations import write_phantom_conversations
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.corpus import Batch, Batches, ConversationCorpus, PhantomCorpus, open_corpus
 from sonoedge.export.lessons import branches
 from sonoedge.export.packing import IGNORE
+from sonoedge.export.possible_answers import possible_branches
+from sonoedge.runtime.hints import LANGUAGES, load_schema
 from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.tokens import Tokenizer
 
@@ -140,7 +143,76 @@ def test_an_image_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_corpora_are_opened_by_name(tmp_path: Path, frames: PhantomPool) -> None:
     path = write_cases(tmp_path, [([(60, 60)], [("Q?", "A.")])])
-    assert len(open_corpus(str(path), SPEC, None)) == 1
-    assert len(open_corpus("phantoms", SPEC, frames)) == len(frames)
+    conversations = open_corpus(str(path), SPEC, None)
+    assert (len(conversations), conversations.answered) == (1, True)
+    assert conversations.files == (path, tmp_path / "0_0.png")
+    phantoms = open_corpus("phantoms", SPEC, frames)
+    assert (len(phantoms), phantoms.answered, phantoms.files) == (len(frames), True, ())
+    pictures = open_corpus(str(tmp_path), SPEC, None)
+    assert (len(pictures), pictures.answered, pictures.files) == (1, False, (tmp_path / "0_0.png",))
     with pytest.raises(SonoEdgeError, match=r"nowhere.json cannot be read"):
         open_corpus(str(tmp_path / "nowhere.json"), SPEC, None)
+    with pytest.raises(SonoEdgeError, match=r"nowhere does not exist: name a conversation file"):
+        open_corpus(str(tmp_path / "nowhere"), SPEC, None)
+
+
+def test_regions_are_known_of_phantoms_alone(tmp_path: Path, frames: PhantomPool) -> None:
+    rng = np.random.default_rng(0)
+    phantoms = PhantomCorpus(frames, SPEC)
+    for index in range(5):
+        assert phantoms.sample(index, rng).region == frames.truths[index].region
+    written = ConversationCorpus(write_phantom_conversations(tmp_path / "written", [100], ["en"]), SPEC)
+    assert written.sample(0, rng).region == frames.truths[0].region
+    path = write_cases(tmp_path, [([(60, 60)], [("Q?", "A.")])])
+    assert ConversationCorpus(path, SPEC).sample(0, rng).region is None
+    assert open_corpus(str(tmp_path / "0_0.png"), SPEC, None).sample(0, rng).region is None
+
+
+def test_frames_meet_every_hint_and_every_answer_in_both_languages() -> None:
+    schema = load_schema()
+    wanted = {
+        (hint.question.get(language), candidate.text.get(language))
+        for language in LANGUAGES
+        for hint in schema.hints
+        for candidate in hint.candidates
+    }
+    asked = [branch for index in range(32) for branch in possible_branches(index, np.random.default_rng(index))]
+    assert {(branch.question, branch.answer) for branch in asked if branch.name != "report"} == wanted
+    reports = [branch for branch in asked if branch.name == "report"]
+    assert len(reports) == 32
+    assert sum(branch.answer.isascii() for branch in reports) == 16
+    assert all(len(branch.answer) > 10 for branch in reports)
+
+
+def test_frames_of_a_folder_are_asked_in_turn(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    write_cases(tmp_path, [([(60, 90)], [("Q?", "A.")]) for _ in range(3)])
+    (tmp_path / "cases.json").unlink()
+    corpus = open_corpus(str(tmp_path), SPEC, None)
+    samples = [corpus.sample(index, np.random.default_rng(index)) for index in range(3)]
+    assert samples[0].name == str(tmp_path / "0_0.png")
+    assert [sample.branches[0].question.isascii() for sample in samples] == [True, False, True]
+    again = corpus.sample(1, np.random.default_rng(1))
+    assert again.branches == samples[1].branches
+    assert np.array_equal(again.images[0].values, samples[1].images[0].values)
+    batch = Batches(corpus, tiny_tokenizer, SPEC, size=1, seed=0, context=512).collate(((1, 4, 6),), samples[:1])
+    assert batch.packed.input_ids.shape[1] < 512
+
+
+def test_a_case_longer_than_the_context_is_named(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    cases = [([(60, 60)], [("Q?", "A short answer." * length)]) for length in (1, 30, 2)]
+    corpus = ConversationCorpus(write_cases(tmp_path, cases), SPEC)
+    batches = Batches(corpus, tiny_tokenizer, SPEC, size=3, seed=0, context=120)
+    samples = [corpus.sample(index, np.random.default_rng(0)) for index in range(3)]
+    grids = (samples[0].images[0].grid,)
+    batches.collate(grids, [samples[0], samples[2]])
+    wanted = rf"^case 1 of {tmp_path / 'cases.json'}: a sample .* has \d+ tokens and limits\.context = 120: raise it"
+    for some in (samples, samples[1:2]):
+        with pytest.raises(SonoEdgeError, match=wanted):
+            batches.collate(grids, some)
+
+
+def test_a_picture_that_is_too_thin_is_named(tmp_path: Path) -> None:
+    path = write_cases(tmp_path, [([(1, 300)], [("Q?", "A.")])])
+    for data in (path, tmp_path):
+        with pytest.raises(SonoEdgeError, match=r"0_0\.png: the picture is 300x1 pixels"):
+            open_corpus(str(data), SPEC, None).sample(0, np.random.default_rng(0))
