@@ -48,7 +48,8 @@ def calibrate(
     passages = []
     for index in range(settings.frames):
         sample = corpus.sample(index, np.random.default_rng(index))
-        passages.append(passage(batches.collate(tuple(image.grid for image in sample.images), [sample])))
+        batch = batches.collate(tuple(image.grid for image in sample.images), [sample])
+        passages.append(passage(batch, sample.region))
     calibration = BlockCalibration(weights, settings)
     stream(weights, passages, calibration.through, "calibrate")
     return Calibrated(calibration.table, calibration.smoothing)

@@ -13,6 +13,7 @@ from sonoedge.calibration.smoothing import Smoothing
 from sonoedge.calibration.table import CalibrationTable
 from sonoedge.device_profiles import Profile
 from sonoedge.errors import SonoEdgeError
+from sonoedge.export.checkpoint_files import is_random
 from sonoedge.export.corpus import Batch, Batches, Corpus
 from sonoedge.export.divergence import Divergence, evaluator
 from sonoedge.export.layerwise import calibrate
@@ -159,12 +160,26 @@ def _calibrated(
         with track("calibration of the halted build", None):
             table = msgspec.json.decode(table_file.read_bytes(), type=CalibrationTable)
             return table, _read_factors(factors_file)
-    found = calibrate(checkpoint, corpus, tokenizer, spec, recipe.calibration, recipe.limits.context)
+    settings = recipe.calibration
+    if is_random(checkpoint):  # its routers may leave an expert out for good, and no answer depends on it
+        settings = msgspec.structs.replace(settings, least_expert_tokens=0)
+    found = calibrate(checkpoint, corpus, tokenizer, spec, settings, recipe.limits.context)
+    if is_random(checkpoint):
+        _lend_ranges(found.table)
     _write_factors(found.smoothing, factors_file)
     partial = table_file.with_suffix(".partial")
     partial.write_bytes(found.table.encoded())
     partial.rename(table_file)
     return found.table, found.smoothing
+
+
+def _lend_ranges(table: CalibrationTable) -> None:
+    """Give experts that no token chose the widest range among their neighbours, so that benches can run them."""
+    ranges = table.input_maximum
+    for product, tokens in table.expert_tokens.items():
+        names = [f"{product}.{expert}.down_proj" for expert in range(len(tokens))]
+        widest = max(ranges.get(name, 0.0) for name in names)
+        ranges |= {name: widest for name in names if name not in ranges}
 
 
 def _write_factors(smoothing: Smoothing, path: Path) -> None:
