@@ -80,8 +80,8 @@ def _divergence(counts: Floats, kept: int) -> float:
 def _squared_error_below(edges: Floats, scale: float) -> Floats:
     """Integral from 0 to `edges` of the squared distance between a magnitude and its int8 value."""
     places = edges / scale
-    # Below half a step before n lie n whole steps of 1/12 each but half a one; a cubic on either side does the rest.
-    # Where n stays at the largest level, the same cubic is the integral of what clipping costs.
+    # In steps, the integral from 0 to a level n is n/12, and from n on it is a cubic: up to half a step either way where
+    # values are rounded to n, and without end where n is the largest level, to which they are clipped.
     nearest = np.minimum(np.rint(places), STEPS)
     integral: Floats = scale**3 * (nearest / 12 + (places - nearest) ** 3 / 3)
     return integral
