@@ -80,7 +80,7 @@ def _divergence(counts: Floats, kept: int) -> float:
 def _squared_error_below(edges: Floats, scale: float) -> Floats:
     """Integral from 0 to `edges` of the squared distance between a magnitude and its int8 value."""
     places = edges / scale
-    # In steps, the integral from 0 to a level n is n/12, and from n on it is a cubic: up to half a step either way where
+    # In steps, the integral from 0 to a level n is n/12, and from n on it is a cubic: to half a step either way where
     # values are rounded to n, and without end where n is the largest level, to which they are clipped.
     nearest = np.minimum(np.rint(places), STEPS)
     integral: Floats = scale**3 * (nearest / 12 + (places - nearest) ** 3 / 3)
