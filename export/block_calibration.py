@@ -87,7 +87,7 @@ class _Ranges:
     def update(self, name: str, values: Tensor) -> None:
         """Note values of any shape."""
         if name not in self._observers:
-            self._observers[name] = make_observer(self._settings.observer, self._settings.percentile)
+            self._observers[name] = make_observer(self._settings.observer, self._settings.percentile, name)
         self._observers[name].update(values)
 
     def thresholds(self) -> dict[str, float]:

@@ -152,7 +152,10 @@ def run(checkpoint: Path, recipe: str | None, data: str, out: Path, as_json: boo
     spec = image_spec(checkpoint)
     with TemporaryDirectory(prefix="sonoedge-") as work:
         pool = distillation_pool(Path(work), spec, settings) if data == "phantoms" else None
-        student = distil(teacher, tokenizer, open_corpus(data, spec, pool), spec, settings)
+        corpus = open_corpus(data, spec, pool)
+        if not corpus.answered:
+            raise SonoEdgeError(f"--data {data}: frames without answers teach nothing: give conversations, or phantoms")
+        student = distil(teacher, tokenizer, corpus, spec, settings)
     save_checkpoint(student, out, tokenizer_files_from=checkpoint)
     counts = {"teacher_parameters": parameters(teacher), "student_parameters": parameters(student)}
     if as_json:

@@ -47,8 +47,9 @@ def record_golden(
     """
     batches = Batches(corpus, tokenizer, spec, size=1, seed=1, context=limits.context)
     images, packed = [], []
-    for index in range(min(limits.golden_cases, len(corpus))):
-        sample = corpus.sample(index, np.random.default_rng(index))
+    count = min(limits.golden_cases, len(corpus))
+    for index in range(count):
+        sample = corpus.sample(index * len(corpus) // count, np.random.default_rng(index))
         image = sample.images[0]
         asked = msgspec.structs.replace(sample, images=(image,), branches=sample.branches[:1])
         images.append(image)

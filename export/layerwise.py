@@ -47,7 +47,8 @@ def calibrate(
     batches = Batches(corpus, tokenizer, spec, size=1, seed=0, context=context)
     passages = []
     for index in range(settings.frames):
-        sample = corpus.sample(index, np.random.default_rng(index))
+        # Evenly spread: sorted folders and clips begin with frames that are all alike.
+        sample = corpus.sample(index * len(corpus) // settings.frames, np.random.default_rng(index))
         batch = batches.collate(tuple(image.grid for image in sample.images), [sample])
         passages.append(passage(batch, sample.region))
     calibration = BlockCalibration(weights, settings)
