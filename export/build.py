@@ -26,6 +26,8 @@ from sonoedge.export.build_work import BuildWork
 from sonoedge.export.bundle_graphs import DECODE, DECODER, VISION, WEIGHTS, stage_costs, write_graphs
 from sonoedge.export.checkpoint_files import image_spec, is_random, open_tokenizer
 from sonoedge.export.corpus import Corpus, PhantomCorpus, open_corpus
+from sonoedge.export.fidelity.cases import Cases, ConversationCases, PhantomCases
+from sonoedge.export.fidelity_check import compare_with_float, has_floors, write_reports
 from sonoedge.export.golden_cases import record_golden
 from sonoedge.export.hint_trust import Trust, fit_trust
 from sonoedge.export.layout import Layout, plan_layout
@@ -57,6 +59,7 @@ class Data(msgspec.Struct, frozen=True):
     corpus: Corpus
     identity: str  # hash of what the samples are
     known: PhantomPool | None = None
+    cases: Cases | None = None  # questions on which INT8 is compared with float
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -106,6 +109,12 @@ def build_bundle(checkpoint: Path, recipe: Recipe, profile: str, data: Data, out
         is_random(checkpoint),
     )
     whole = job.fits
+    floors = recipe.fidelity is not None and has_floors(recipe.fidelity)
+    if floors and not whole and not job.random:
+        raise SonoEdgeError(
+            "[fidelity] has floors, and the float model and its graphs do not fit in this machine's memory together: "
+            "build on a larger machine, or leave the floors out of the recipe"
+        )
     with BuildWork(out, _identity(job)) as work:
         made = quantize(checkpoint, recipe, job.device, data.corpus, tokenizer, job.spec, work.folder, whole=whole)
         layout = plan_layout(config, made.plan)
@@ -144,7 +153,12 @@ def _assemble(
     trust = Trust()
     if session is not None and job.data.known is not None and recipe.hints is not None and not job.random:
         trust = fit_trust(session, job.tokenizer, job.data.known, recipe.hints, writer)
+    faults = None
     if session is not None:
+        if job.data.cases is not None and recipe.fidelity is not None:
+            cases = job.data.cases
+            found = compare_with_float(job.checkpoint, made, session, trust.hints, job.tokenizer, cases, writer)
+            faults = write_reports(found, recipe.fidelity, cases, writer, gated=not job.random)
         session.close()
     prompt = _hash(schema_file.read_text(), msgspec.json.encode(SYSTEM, order="sorted").decode())
     contents = Contents(
@@ -161,7 +175,7 @@ def _assemble(
         hint_calibration=trust.hints,
         familiarity=trust.familiarity,
     )
-    return Built(writer.commit(contents), made.quantized_share, golden.error, trust.errors, kept)
+    return Built(writer.commit(contents), made.quantized_share, golden.error, trust.errors, kept, faults)
 
 
 def _identity(job: _Job) -> str:
@@ -194,9 +208,10 @@ def run(checkpoint: Path, profile: str, recipe: str | None, calibration: str, ou
     spec = image_spec(checkpoint)
     open_tokenizer(checkpoint, config)  # refused now, not after minutes of rendering
     with TemporaryDirectory(prefix="sonoedge-") as work:
-        data = phantom_data(Path(work), spec, settings, hints=not is_random(checkpoint))
-        if calibration != "phantoms":
-            data = Data(open_corpus(calibration, spec, None), _hash(calibration, _stamp(Path(calibration))))
+        if calibration == "phantoms":
+            data = phantom_data(Path(work), spec, settings, hints=not is_random(checkpoint))
+        else:
+            data = file_data(Path(calibration), Path(work), spec, settings)
         built = build_bundle(checkpoint, settings, profile, data, out, name=checkpoint.resolve().name)
     report(out, built, as_json)
 
@@ -215,22 +230,32 @@ def toolchain() -> dict[str, str]:
 
 
 def phantom_data(folder: Path, spec: ImageSpec, recipe: Recipe, *, hints: bool = True) -> Data:
-    """Phantoms for activation ranges and golden cases, and, when the recipe fits hints, others for those."""
-    settings = recipe.calibration
-    ranges = phantom_pool(
-        folder / "ranges",
-        settings.frames,
-        first_seed=settings.first_frame_seed,
-        spec=spec,
-        label="render calibration phantoms",
-    )
-    known = None
+    """Phantoms for all that the recipe looks at; `hints`: those on which hints are made trustworthy too."""
+    settings, known = recipe.calibration, None
+    ranges = _pool(folder, "calibration", settings.first_frame_seed, settings.frames, spec)
     if hints and recipe.hints is not None:
-        known = phantom_pool(
-            folder / "known",
-            recipe.hints.frames,
-            first_seed=recipe.hints.first_frame_seed,
-            spec=spec,
-            label="render confidence phantoms",
-        )
-    return Data(PhantomCorpus(ranges, spec), _hash("phantoms", msgspec.json.encode(spec).decode()), known)
+        known = _pool(folder, "confidence", recipe.hints.first_frame_seed, recipe.hints.frames, spec)
+    identity = _hash("phantoms", msgspec.json.encode(spec).decode())
+    return Data(PhantomCorpus(ranges, spec), identity, known, _phantom_cases(folder, spec, recipe))
+
+
+def file_data(path: Path, folder: Path, spec: ImageSpec, recipe: Recipe) -> Data:
+    """A user's own files; INT8 is compared with float on their conversations, on phantoms where they hold none."""
+    corpus = open_corpus(str(path), spec, None)
+    cases: Cases | None = None
+    if path.suffix.lower() != ".json":
+        cases = _phantom_cases(folder, spec, recipe)
+    elif recipe.fidelity is not None:
+        cases = ConversationCases(path, recipe.fidelity.frames)
+    return Data(corpus, _hash(*map(_stamp, corpus.files)), None, cases)
+
+
+def _phantom_cases(folder: Path, spec: ImageSpec, recipe: Recipe) -> Cases | None:
+    settings = recipe.fidelity
+    if settings is None:
+        return None
+    return PhantomCases(_pool(folder, "fidelity", settings.first_frame_seed, settings.frames, spec))
+
+
+def _pool(folder: Path, name: str, seed: int, frames: int, spec: ImageSpec) -> PhantomPool:
+    return phantom_pool(folder / name, frames, first_seed=seed, spec=spec, label=f"render {name} phantoms")

@@ -110,7 +110,7 @@ def quantize(
             ladder=legal_schemes(device),
         )
     tuning = None
-    if recipe.qat is not None:
+    if recipe.qat is not None and (trace is None or not trace.met):  # a plan that holds its floor has nothing to gain
         tuned = tune(model, corpus, tokenizer, spec, plan, recipe.qat, context=context)
         tuning = Tuning(tuned.before, tuned.after, tuned.helped)
         if tuned.helped:

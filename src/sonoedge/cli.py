@@ -142,7 +142,9 @@ def make_checkpoint(
 def build(
     checkpoint: Checkpoint,
     profile: Annotated[str, typer.Option(help="Device profile: an id from `profiles`, or a TOML file.")],
-    calibration: Annotated[str, typer.Option(help="EchoVLM conversations (JSON), or `phantoms`.")],
+    calibration: Annotated[
+        str, typer.Option(help="EchoVLM conversations (JSON), a folder of pictures, DICOM, or `phantoms`.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
     recipe: Recipe = None,
     as_json: AsJson = False,
