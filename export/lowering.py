@@ -1,4 +1,8 @@
-"""From a marked graph to one that a backend runs: all passes in their order, for a purpose and a plan."""
+"""From a marked graph to one that a backend runs: all passes in their order, for a purpose and a plan.
+
+optimum's ORTQuantizer is not used: it quantizes the outputs of products too, knows one scheme for a whole graph, and reads
+weights that are all in memory.
+"""
 
 from __future__ import annotations
 
