@@ -1,7 +1,7 @@
 """Greedy answers and the distributions behind them, one prefix a frame and the cache rewound between questions.
 
-The reference never steps through an answer that the candidate has found as well: the candidate drafts, and the
-reference checks the draft in one pass, which gives its own greedy answer exactly.
+A variant answers token by token, as it is served. The float model never steps through an answer that a variant has
+found as well: the variant drafts and one pass checks the draft, which gives the float model's greedy answer exactly.
 Source: Y. Leviathan et al., "Fast inference from transformers via speculative decoding" (arXiv 2211.17192).
 """
 
@@ -57,19 +57,27 @@ class Asker:
         """How many tokens an answer to `question` may have."""
         return self.session.spec.context - len(self._prefix.ids) - len(question)
 
-    def greedy(self, question: Sequence[int], limit: int) -> tuple[int, ...]:
-        """The likeliest token after the likeliest token, at most `limit` of them."""
+    def greedy(self, question: Sequence[int], limit: int) -> Answer:
+        """The likeliest token after the likeliest token, at most `limit` of them, each made as it is served: alone."""
         self.session.rewind(len(self._prefix.ids))
-        return self._continued(question, (), self._extend(question, 0, 1), limit).tokens
+        return self._continued(question, (), self._extend(question, 0, 1), limit)
 
-    def forced(self, question: Sequence[int], tokens: Sequence[int]) -> Floats:
-        """The logits [n, vocab] that this session gives where each of the n `tokens` of an answer is due."""
-        self.session.rewind(len(self._prefix.ids))
-        return self._extend([*question, *tokens[:-1]], 0, len(tokens))
+    def along(self, question: Sequence[int], tokens: Sequence[int], own: Answer) -> Floats:
+        """The logits [n, vocab] that this session gives where each of n `tokens` is due, token by token as served.
+
+        own: what `greedy` just gave for the question; its logits hold up to where it leaves `tokens`.
+        """
+        pairs = enumerate(zip(own.tokens, tokens, strict=False))
+        common = next((index for index, (mine, other) in pairs if mine != other), len(tokens) - 1)
+        self.session.rewind(len(self._prefix.ids) + len(question) + common)
+        rest = range(common, len(tokens) - 1)
+        rows = [self._extend(tokens[index : index + 1], len(question) + index, 1) for index in rest]
+        return np.concatenate([own.logits[: common + 1], *rows])
 
     def checked(self, question: Sequence[int], draft: Sequence[int], limit: int) -> Answer:
         """This session's greedy answer and its logits, found quickly where it is the one that was drafted."""
-        logits = self.forced(question, draft)  # [n, vocab]
+        self.session.rewind(len(self._prefix.ids))
+        logits = self._extend([*question, *draft[:-1]], 0, len(draft))  # [n, vocab]
         own = logits.argmax(axis=1)
         differs = np.flatnonzero(own != np.asarray(draft))
         if not differs.size:

@@ -129,13 +129,13 @@ class _Run:
         limit = min(room, self._max_tokens)
         drafts = {name: asker.greedy(question, limit) for name, asker in self._askers.items()}
         shipped = next(iter(drafts))
-        answer = self._reference.checked(question, drafts[shipped], limit)
-        texts = {name: self._tokenizer.decode(tokens) for name, tokens in drafts.items()}
+        answer = self._reference.checked(question, drafts[shipped].tokens, limit)
+        texts = {name: self._tokenizer.decode(draft.tokens) for name, draft in drafts.items()}
         float_text = self._tokenizer.decode(answer.tokens)
         divergences = {}
         for name, tally in self.tallies.items():
-            forced = self._askers[name].forced(question, answer.tokens)
-            divergences[name] = tally.tokens(answer.logits, forced)
+            found = self._askers[name].along(question, answer.tokens, drafts[name])
+            divergences[name] = tally.tokens(answer.logits, found)
             tally.answer(Pair(asked.task, case.language, float_text, texts[name], asked.truth))
         if asked is case.asked[-1] and self._probes:
             self._trace(question, answer)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from sonoedge.calibration.table import RoutingRow
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export import recipe
 from sonoedge.export.fidelity.metrics import Decibels
@@ -104,8 +105,7 @@ class Fidelity(msgspec.Struct, frozen=True):
     missed: tuple[str, ...] | None = None  # floors; None: the recipe has none
     search: Trace | None = None
     schemes: dict[str, Scheme] = {}  # of every product
-    expert_tokens: dict[str, tuple[int, ...]] = {}  # calibration tokens of each expert, by product
-    region_expert_tokens: dict[str, dict[str, tuple[int, ...]]] = {}  # the same by region
+    routing: tuple[RoutingRow, ...] = ()  # of calibration
 
     @property
     def metrics(self) -> Metrics:
