@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sonoedge.export.layout import EMBEDDING
 from sonoedge.export.models.attention import Attend, SelfAttention
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.moe import SparseMoE
@@ -48,6 +49,10 @@ def fake_quantized(model: EchoVLM, plan: QuantizationPlan, *, straight_through: 
                 overrides.enter_context(_override(module, "forward", _experts(name, module, plan, straight_through)))
         if plan.schemes["lm_head"] is not Scheme.FLOAT:
             overrides.enter_context(_override(model, "project", _head(model, plan, straight_through)))
+        if plan.schemes.get(EMBEDDING, Scheme.FLOAT) is not Scheme.FLOAT:
+            rows = _weight(lambda: model.model.embed_tokens.weight, plan.schemes[EMBEDDING], straight_through)
+            lookup = _override(model.model.embed_tokens, "forward", lambda ids: functional.embedding(ids, rows()))
+            overrides.enter_context(lookup)
         if plan.cache is CacheScheme.INT8:
             for name, module in model.named_modules():
                 if isinstance(module, SelfAttention):
@@ -124,7 +129,6 @@ def _linear(
 
 def _head(model: EchoVLM, plan: QuantizationPlan, straight_through: bool) -> Callable[[Tensor], Tensor]:
     scheme = plan.schemes["lm_head"]
-    # The lookup of a tied embedding stays float: it is no product.
     owner = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     weight = _weight(lambda: owner.weight, scheme, straight_through)
     round_input = _input_round(plan, "lm_head", "lm_head")

@@ -15,6 +15,8 @@ import msgspec
 from torch import Tensor
 
 from sonoedge.export.divergence import Divergence
+from sonoedge.export.layout import EMBEDDING
+from sonoedge.export.markers import LM_HEAD
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.quantize import products
 from sonoedge.export.scheme import WIDER, CacheScheme, QuantizationPlan, Scheme
@@ -181,7 +183,9 @@ def weight_bytes_of(model: EchoVLM) -> BytesOf:
         name: [weight for weight in module.parameters() if weight.dim() > 1] for name, module in linears.items()
     }
     weights |= {name: list(module.get_submodule("experts").parameters()) for name, module in mixtures.items()}
-    weights["lm_head"] = [model.model.embed_tokens.weight]  # the head's shape, tied or not
+    embeddings = model.model.embed_tokens.weight
+    weights[EMBEDDING] = [embeddings]
+    weights[LM_HEAD] = [embeddings]  # the head's shape, tied or not
     shapes = {name: [tuple(weight.flatten(1).shape) for weight in each] for name, each in weights.items()}
     return lambda name, scheme: sum(_weight_bytes(rows, columns, scheme) for rows, columns in shapes[name])
 
