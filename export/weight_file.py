@@ -165,6 +165,8 @@ def _ready(key: str, first: int, values: Tensor, unit: Unit, smoothing: Smoothin
     if key in smoothing.row_factors or key in smoothing.column_factors:
         rows = smoothing.apply(key, torch.from_numpy(rows), first).numpy()
     if unit.scale is None:
+        if not np.isfinite(rows).all():
+            raise SonoEdgeError(f"{key}: a weight is not finite: check the checkpoint")
         return rows, None
     try:
         return quantize_weight(rows, unit.block)
@@ -201,12 +203,15 @@ def _read(file: BinaryIO, part: Stored) -> Iterator[bytes]:
 
 
 def _read_journal(journal: Path, identity: str) -> dict[str, str]:
-    """Name to hash of what an earlier run of the same identity finished; the last line may be cut short."""
+    """Name to hash of what an earlier run of the same identity finished; a last line cut short by a halt is removed."""
     if not journal.exists():
         return {}
-    first, *lines = journal.read_bytes().splitlines()
+    data = journal.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    os.truncate(journal, len(whole))  # else the next line would be written behind it, and both be lost
+    first, *lines = whole.splitlines() or [b""]
     finished: dict[str, str] = {}
-    with contextlib.suppress(msgspec.DecodeError):  # a line cut short by the halt ends what is known
+    with contextlib.suppress(msgspec.DecodeError):  # a line that cannot be read ends what is known
         if msgspec.json.decode(first, type=str) != identity:
             return {}
         for line in lines:
