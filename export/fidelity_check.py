@@ -61,11 +61,7 @@ def compare_with_float(
         found,
         search=made.trace,
         schemes=dict(made.plan.schemes),
-        expert_tokens={name: tuple(tokens) for name, tokens in made.table.expert_tokens.items()},
-        region_expert_tokens={
-            region: {name: tuple(tokens) for name, tokens in table.items()}
-            for region, table in made.table.region_tokens.items()
-        },
+        routing=made.table.routing_rows(),
     )
 
 
