@@ -15,7 +15,7 @@ from sonoedge.export.fidelity.text_scores import TextScore
 from sonoedge.export.scheme import Scheme
 from sonoedge.export.sensitivity import Trace
 
-SIGNIFICANT_DIGITS = 6
+SIGNIFICANT_DIGITS = 4  # more would tell of the machine: sums of floats differ in their last digits
 
 
 class Histogram(msgspec.Struct, frozen=True):
@@ -114,7 +114,7 @@ class Fidelity(msgspec.Struct, frozen=True):
 
 
 def report_json(fidelity: Fidelity) -> bytes:
-    """The report as JSON: keys sorted, numbers to six significant digits, the same bytes for the same report.
+    """The report as JSON: keys sorted, numbers to four significant digits, the same bytes for the same report.
 
     Raises SonoEdgeError naming a number that is not finite.
     """
