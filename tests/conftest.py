@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import settings
 
@@ -31,7 +32,16 @@ from sonoedge.bundle import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import onnx_ir as ir
+
     from sonoedge.calibration.pool import PhantomPool
+    from sonoedge.export.models.config import ModelConfig
+    from sonoedge.export.passes.products import Purpose
+    from sonoedge.export.scheme import CacheScheme, QuantizationPlan
+    from sonoedge.runtime.preprocess import Patches
+    from sonoedge.runtime.sessions.base import Session
 
 # Tests take no model from the network, and two libraries each starting a thread pool slow a small machine down.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -132,18 +142,59 @@ def small_bundle(tmp_path: Path, contents: Contents) -> Path:
 class WriteRecipe(Protocol):
     """Writes recipes for the smallest checkpoint."""
 
-    def __call__(self, path: Path, **changes: dict[str, Any]) -> Path:
-        """Write one with sections changed."""
+    def __call__(self, path: Path, **changes: dict[str, Any] | None) -> Path:
+        """Write one with sections changed, or left out (None)."""
 
 
 class Tiny(msgspec.Struct, frozen=True):
-    """What the verb `build` made of the smallest checkpoint: once for all tests, because every export takes seconds."""
+    """What the verb `build` made of the smallest checkpoint, once for all tests."""
 
     checkpoint: Path
     recipe: Path
     bundle: Path
     report: dict[str, Any]  # its JSON line
-    marked: dict[str, Any]  # onnx_ir models before quantization: "vision", "in_place", "standard"
+
+
+class Marked:
+    """The smallest checkpoint's graphs before any pass, each exported once: an export takes many seconds."""
+
+    def __init__(self, config: ModelConfig, context: int) -> None:
+        self.config, self.context = config, context
+        self._kept: dict[str, ir.Model] = {}
+
+    def vision(self) -> ir.Model:
+        """A copy of the vision tower's graph."""
+        from sonoedge.export.graphs import export_vision
+
+        return self._copy("vision", lambda: export_vision(self.config))
+
+    def decoder(self, cache: CacheScheme | None = None) -> ir.Model:
+        """A copy of the decoder's graph, its cache float (None) or as asked."""
+        from sonoedge.export.graphs import export_decoder
+        from sonoedge.export.scheme import CacheScheme
+
+        scheme = cache or CacheScheme.FLOAT
+        return self._copy(f"decoder {scheme.value}", lambda: export_decoder(self.config, self.context, scheme))
+
+    def stand_in(self, patch: pytest.MonkeyPatch) -> None:
+        """Let builds of models of the same sizes take these graphs; others are refused."""
+        from sonoedge.export import bundle_graphs
+
+        def vision(config: ModelConfig) -> ir.Model:
+            assert config == self.config
+            return self.vision()
+
+        def decoder(config: ModelConfig, _context: int, cache: CacheScheme) -> ir.Model:
+            assert config == self.config  # the context is a number in shapes that nothing computes with
+            return self.decoder(cache)
+
+        patch.setattr(bundle_graphs, "export_vision", vision)
+        patch.setattr(bundle_graphs, "export_decoder", decoder)
+
+    def _copy(self, name: str, export: Callable[[], ir.Model]) -> ir.Model:
+        if name not in self._kept:
+            self._kept[name] = export()
+        return self._kept[name].clone()
 
 
 @pytest.fixture(scope="session")
@@ -204,22 +255,33 @@ TINY_RECIPE: dict[str, dict[str, Any]] = {
     "hints": {"first_frame_seed": 300, "frames": 240, "least_accuracy": 0.9, "known_share": 0.95},
     "limits": {"context": 640, "golden_cases": 2},
 }
+CONTEXT = TINY_RECIPE["limits"]["context"]
+
+
+def _toml_key(key: str) -> str:
+    return key if key.isidentifier() else json.dumps(key)
 
 
 @pytest.fixture(scope="session")
 def write_recipe() -> WriteRecipe:
     """Write the packaged recipe at the smallest sizes: `write_recipe(path, limits={"context": 10})` changes more."""
 
-    def write(path: Path, **changes: dict[str, Any]) -> Path:
+    def write(path: Path, **changes: dict[str, Any] | None) -> Path:
         packaged = Path(__file__).parent.parent / "export" / "recipes" / "demo.toml"
         recipe = msgspec.toml.decode(packaged.read_bytes())
         for name, section in TINY_RECIPE.items():
             recipe[name] |= section
-        for name, section in changes.items():
-            recipe[name] = recipe.get(name, {}) | section
+        for name, changed in changes.items():
+            if changed is None:
+                del recipe[name]
+            else:
+                recipe[name] = recipe.get(name, {}) | changed
         lines = [f"version = {recipe.pop('version')}"]
         for name, section in recipe.items():
-            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items())]
+            inner = {key: value for key, value in section.items() if isinstance(value, dict)}
+            plain = {key: value for key, value in section.items() if key not in inner}
+            for title, values in {name: plain, **{f"{name}.{key}": value for key, value in inner.items()}}.items():
+                lines += [f"[{title}]", *(f"{_toml_key(key)} = {json.dumps(value)}" for key, value in values.items())]
         path.write_text("\n".join(lines) + "\n")
         return path
 
@@ -233,29 +295,25 @@ def tiny_recipe(write_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_checkpoint: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Build the smallest checkpoint with the verb itself, and keep the graphs as they were before quantization."""
-    from sonoedge.export import build, bundle_graphs
-    from sonoedge.export.graphs import export_decoder, export_vision
+def marked(tiny_checkpoint: Path) -> Marked:
+    """The smallest checkpoint's graphs before any pass."""
+    from sonoedge.export.models.loading import open_checkpoint
+
+    return Marked(open_checkpoint(tiny_checkpoint)[0], CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_checkpoint: Path, tiny_recipe: Path, marked: Marked, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Build the smallest checkpoint with the verb itself."""
+    from sonoedge.export import build
 
     bundle = tmp_path_factory.mktemp("built") / "bundle"
-    marked = {}
-
-    def keep(name: str, model: Any) -> Any:
-        marked[name] = model.clone()
-        return model
-
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(bundle_graphs, "export_vision", lambda model: keep("vision", export_vision(model)))
-        patch.setattr(
-            bundle_graphs,
-            "export_decoder",
-            lambda model, kind, context: keep(kind.name.lower(), export_decoder(model, kind, context)),
-        )
+        marked.stand_in(patch)
         build.run(tiny_checkpoint, "cpu-x86-64", str(tiny_recipe), "phantoms", bundle, as_json=True)
     report = msgspec.json.decode(printed.getvalue().splitlines()[-1])
-    return Tiny(tiny_checkpoint, tiny_recipe, bundle, report, marked)
+    return Tiny(tiny_checkpoint, tiny_recipe, bundle, report)
 
 
 @pytest.fixture(scope="session")
@@ -272,3 +330,121 @@ def frames(tiny_checkpoint: Path) -> PhantomPool:
         np.stack([frame.lesion_classes for frame in made]),
         [frame.truth for frame in made],
     )
+
+
+class PortableSession:
+    """The portable graphs of a folder behind the runtime's session interface: what the cache was comes out grown."""
+
+    def __init__(self, folder: Path, spec: DecoderSpec) -> None:
+        from sonoedge.runtime.sessions.ort import load_graph
+
+        self.spec, self.image, self.length = spec, ImageSpec(), 0
+        self._vision = load_graph(path, 1) if (path := folder / "vision.portable.onnx").exists() else None
+        self._decoder = load_graph(folder / "decoder.portable.onnx", 1)
+        held = {value.name: value.type for value in self._decoder.get_inputs()}
+        self.inputs = tuple(held)
+        dtype = np.int8 if held["past_key_0"] == "tensor(int8)" else np.float32
+        empty = np.zeros((1, spec.kv_heads, 0, spec.head_dim), dtype)
+        self.cache = {f"{part}_{layer}": empty for layer in range(spec.layers) for part in ("key", "value")}
+
+    def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
+        """Return the embeddings [merged, hidden] of one picture."""
+        from sonoedge.runtime.sessions.ort import patch_places
+
+        assert self._vision is not None
+        feed = {"patches": patches.values, "places": patch_places(patches.grid, 2)}
+        return np.asarray(self._vision.run(["image_embeds"], feed)[0])
+
+    def extend(
+        self,
+        ids: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        *,
+        image_embeds: npt.NDArray[np.float32] | None = None,
+        visible: npt.NDArray[np.bool_] | None = None,
+        logits_rows: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to the cache and return logits [r, vocab]; see `Session.extend`."""
+        total = self.length + len(ids)
+        if visible is None:
+            visible = np.tri(len(ids), total, self.length, dtype=np.bool_)
+        feed = {
+            "input_ids": ids[None],
+            "positions": positions[:, None],
+            "image_embeds": np.zeros((1, self.spec.hidden), np.float32) if image_embeds is None else image_embeds,
+            "attention_bias": np.where(visible, np.float32(0), np.float32(-1e9))[None, None],
+            "logits_rows": np.array([len(ids) - 1]) if logits_rows is None else logits_rows,
+            **{f"past_{name}": value for name, value in self.cache.items()},
+        }
+        names = ["logits", *(f"present_{name}" for name in self.cache)]
+        logits, *grown = self._decoder.run(names, feed)
+        self.cache = dict(zip(self.cache, grown, strict=True))
+        self.length = total
+        return np.asarray(logits)
+
+    def rewind(self, length: int) -> None:
+        """Forget every token after the first `length`."""
+        self.cache = {name: value[:, :, :length] for name, value in self.cache.items()}
+        self.length = length
+
+    def close(self) -> None:
+        """Nothing is held beyond the arrays."""
+
+
+class Compiled:
+    """Graphs in all forms over one weights file, in a folder, and sessions over them."""
+
+    def __init__(self, folder: Path, spec: DecoderSpec) -> None:
+        self.folder, self.spec = folder, spec
+
+    def path(self, name: str, purpose: Purpose) -> Path:
+        """Where the graph `name` of this purpose is."""
+        return self.folder / f"{name}.{purpose.value}.onnx"
+
+    def open(self, purpose: Purpose, *, both: bool = False) -> Session:
+        """Open the decoder of one purpose; `both`: ROWS, with TOKEN for one token at a time, as the runtime does."""
+        from sonoedge.export.passes.products import Purpose
+        from sonoedge.runtime.sessions.ort import OrtSession
+
+        if purpose is Purpose.PORTABLE:
+            return PortableSession(self.folder, self.spec)
+        vision = self.path("vision", Purpose.ROWS)
+        decoder = self.path("decoder", purpose)
+        return OrtSession(
+            vision if vision.exists() else decoder,  # never run where there is none
+            decoder,
+            ImageSpec(),
+            self.spec,
+            decode=self.path("decoder", Purpose.TOKEN) if both else None,
+            threads=1,
+        )
+
+
+@pytest.fixture(scope="session")
+def compile_graphs() -> Callable[..., Compiled]:
+    """Write weights and lower marked graphs: `compile_graphs(checkpoint, graphs, plan, folder)`."""
+    import onnx_ir as ir
+
+    from sonoedge.calibration.smoothing import Smoothing
+    from sonoedge.export.layout import plan_layout
+    from sonoedge.export.lowering import lowered
+    from sonoedge.export.models.loading import open_checkpoint
+    from sonoedge.export.passes.products import Purpose
+    from sonoedge.export.torch_session import decoder_spec
+    from sonoedge.export.weight_file import write_weights
+
+    def make(
+        checkpoint: Path, graphs: Mapping[str, ir.Model], plan: QuantizationPlan, folder: Path, context: int = CONTEXT
+    ) -> Compiled:
+        config, headers = open_checkpoint(checkpoint)
+        folder.mkdir()
+        weights, layout = folder / "model.weights", plan_layout(config, plan)
+        write_weights(weights, layout, headers, Smoothing.none(), identity="of a test")
+        compiled = Compiled(folder, decoder_spec(config, context))
+        for name, graph in graphs.items():
+            for purpose in Purpose:
+                if (name, purpose) != ("vision", Purpose.TOKEN):
+                    ir.save(lowered(graph, config, plan, layout, weights, purpose), compiled.path(name, purpose))
+        return compiled
+
+    return make

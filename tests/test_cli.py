@@ -17,7 +17,8 @@ from sonoedge.device_profiles import listing
 from sonoedge.errors import SonoEdgeError
 
 VERBS = (
-    *("ask", "bench", "build", "demo", "distill", "doctor", "evaluate", "inspect", "parity"),
+    *("ask", "bench", "build", "demo", "distill", "doctor", "evaluate", "inspect"),
+    *("make-checkpoint", "parity"),
     *("profiles", "serve", "verify", "watch"),
 )
 
