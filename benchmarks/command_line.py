@@ -17,7 +17,7 @@ from benchmarks.environments import Peer, UnavailableError
 from benchmarks.worker import Contender, Decode, Facts, Prefill, protocol_output, serve
 
 Options = TypeVar("Options", bound=msgspec.Struct)
-PROMPT_TOKENS, DECODE_TOKENS, PREFILL_TOKENS = 32, 32, 256
+PROMPT_TOKENS, DECODE_TOKENS, PREFILL_TOKENS = 32, 16, 256
 THREADS, ROUNDS = 2, 5
 
 

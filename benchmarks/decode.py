@@ -1,6 +1,6 @@
 """Tokens a second of an INT8 EchoVLM, against peers on a dense model with as many active weights, and against PyTorch.
 
-python -m benchmarks.decode [--config echovlm-500m] [--recipe w8a8] [--bundle BUNDLE] [--rounds 9]
+python -m benchmarks.decode [--config echovlm-500m] [--recipe RECIPE] [--bundle BUNDLE] [--rounds 9]
 
 All contenders are loaded at once and take turns, so a disturbance meets all alike; ratios are medians over rounds. The
 memory's read bandwidth is measured in the same rounds. The last line is JSON.
@@ -20,8 +20,8 @@ from benchmarks.bandwidth import Bandwidth, Readers
 from benchmarks.command_line import DECODE_TOKENS, PROMPT_TOKENS, THREADS, machine
 from benchmarks.contenders import Measured, Summary, interleave, ratio, start, summarize
 from benchmarks.environments import Peer
+from benchmarks.material import INT8_RECIPE, checkpoint
 from benchmarks.material import bundle as made_bundle
-from benchmarks.material import checkpoint
 from benchmarks.peers import bundle as sonoedge_peer
 from benchmarks.peers import llama_cpp, onnxruntime_genai, torch_eager
 from benchmarks.worker import Decode
@@ -48,7 +48,7 @@ class Report(msgspec.Struct, frozen=True):
 
 def main(
     config: Annotated[str, typer.Option(help="Packaged config, or the path of a config.json.")] = "echovlm-500m",
-    recipe: Annotated[str, typer.Option(help="As for `sonoedge build`.")] = "w8a8",
+    recipe: Annotated[str, typer.Option(help="As for `sonoedge build`.", show_default="int8.toml")] = INT8_RECIPE,
     bundle: Annotated[
         Path | None, typer.Option(help="A bundle of that config, instead of one made here.", show_default=False)
     ] = None,

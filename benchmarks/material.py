@@ -10,7 +10,8 @@ from pathlib import Path
 from benchmarks.environments import ROOT
 
 FOLDER = ROOT / "build" / "bench"
-FLOAT_RECIPE = ROOT / "benchmarks" / "recipes" / "float32.toml"
+RECIPES = ROOT / "benchmarks" / "recipes"
+INT8_RECIPE, FLOAT_RECIPE = str(RECIPES / "int8.toml"), str(RECIPES / "float32.toml")
 PROFILES = {"x86_64": "cpu-x86-64", "aarch64": "cpu-aarch64"}
 
 

@@ -1,6 +1,6 @@
 """A prompt of 256 tokens and an image through an INT8 EchoVLM, against its own graphs in float32 and against llama.cpp.
 
-python -m benchmarks.prefill [--config echovlm-500m] [--recipe w8a8] [--bundle BUNDLE] [--rounds 9]
+python -m benchmarks.prefill [--config echovlm-500m] [--recipe RECIPE] [--bundle BUNDLE] [--rounds 9]
 
 llama.cpp runs a dense model with as many active weights, Q8_0. All contenders are loaded at once and take turns;
 ratios are medians over rounds. The last line is JSON.
@@ -19,7 +19,7 @@ from benchmarks.active import dense_twin
 from benchmarks.command_line import PREFILL_TOKENS, THREADS, machine
 from benchmarks.contenders import Measured, Summary, interleave, ratio, start, summarize
 from benchmarks.environments import Peer
-from benchmarks.material import FLOAT_RECIPE, checkpoint
+from benchmarks.material import FLOAT_RECIPE, INT8_RECIPE, checkpoint
 from benchmarks.material import bundle as made_bundle
 from benchmarks.peers import bundle as sonoedge_peer
 from benchmarks.peers import llama_cpp
@@ -48,7 +48,7 @@ class Report(msgspec.Struct, frozen=True):
 
 def main(
     config: Annotated[str, typer.Option(help="Packaged config, or the path of a config.json.")] = "echovlm-500m",
-    recipe: Annotated[str, typer.Option(help="As for `sonoedge build`.")] = "w8a8",
+    recipe: Annotated[str, typer.Option(help="As for `sonoedge build`.", show_default="int8.toml")] = INT8_RECIPE,
     bundle: Annotated[
         Path | None, typer.Option(help="A bundle of that config, instead of one made here.", show_default=False)
     ] = None,
@@ -58,7 +58,7 @@ def main(
     """Measure prefill and vision beside peers."""
     made = checkpoint(config)
     ours = bundle if bundle is not None else made_bundle(made, recipe)
-    in_float = made_bundle(made, str(FLOAT_RECIPE))
+    in_float = made_bundle(made, FLOAT_RECIPE)
     contenders: dict[str, tuple[Peer, msgspec.Struct]] = {
         INT8: (sonoedge_peer.PEER, sonoedge_peer.Bundle(str(ours.resolve()))),
         FLOAT: (sonoedge_peer.PEER, sonoedge_peer.Bundle(str(in_float))),

@@ -1,15 +1,11 @@
 """The read bandwidth is a rate that a machine can have, and the command ends with it as JSON."""
 
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import msgspec
 import numpy as np
-
-ROOT = Path(__file__).parent.parent.parent
+import pytest
 
 
 def test_every_byte_is_read_and_the_quicker_reader_counts() -> None:
@@ -29,13 +25,12 @@ def test_every_byte_is_read_and_the_quicker_reader_counts() -> None:
     assert found.median_gb_s <= found.max_gb_s <= round(max(sampled), 2)
 
 
-def test_the_command_ends_with_a_json_line() -> None:
-    from benchmarks.bandwidth import Bandwidth
+def test_the_command_ends_with_a_json_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import bandwidth
 
-    command = [sys.executable, "-m", "benchmarks.bandwidth", "--threads", "1", "--rounds", "1"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
-        timeout=120,
-    )  # fmt: skip
-    found = msgspec.json.decode(done.stdout.splitlines()[-1], type=Bandwidth)
+    small = partial(bandwidth.Readers, buffer_bytes=1 << 24)
+    monkeypatch.setattr(bandwidth, "Readers", small)
+    bandwidth.main(threads=2, rounds=3)
+    found = msgspec.json.decode(capfd.readouterr().out.splitlines()[-1], type=bandwidth.Bandwidth)
+    assert found.threads == 2
     assert 0 < found.median_gb_s <= found.max_gb_s

@@ -9,6 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from sonoedge.export.recipe import load_recipe
+from sonoedge.export.scheme import Scheme
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -99,3 +102,10 @@ def test_a_contender_that_fails_ends_the_comparison(tmp_path: Path) -> None:
     assert "is not a bundle" in done.stderr
     assert "ContenderFailedError: SonoEdge ended with status 1" in done.stderr
     assert done.stdout == ""
+
+
+def test_the_recipes_differ_from_the_packaged_one_in_calibration_alone() -> None:
+    from benchmarks.material import FLOAT_RECIPE, INT8_RECIPE
+
+    assert load_recipe(INT8_RECIPE).quantization == load_recipe("w8a8").quantization
+    assert load_recipe(FLOAT_RECIPE).quantization.default is Scheme.FLOAT
