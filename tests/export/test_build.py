@@ -1,6 +1,10 @@
 """`sonoedge build` on the smallest checkpoint: what the bundle holds, and what is refused leaves nothing behind."""
 
+import errno
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +14,17 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
 from sonoedge.bundle import HINT_SCHEMA_FILE, TOKENIZER_FILE, open_bundle
-from sonoedge.calibration.ranges import RangeTable
-from sonoedge.export import build, bundle_graphs
-from sonoedge.export.lowering import Scheme
-from sonoedge.export.models.echovlm import EchoVLM
-from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
-from sonoedge.export.quantize import plan
-from sonoedge.export.recipe import Quantization, load_recipe
+from sonoedge.calibration.table import CalibrationTable
+from sonoedge.export import build, quantizing, weight_file
+from sonoedge.export.bundle_graphs import WEIGHTS
+from sonoedge.export.layout import plan_layout
+from sonoedge.export.models.loading import load_checkpoint, open_checkpoint
+from sonoedge.export.quantize import make_plan
+from sonoedge.export.recipe import load_recipe
+from sonoedge.export.weight_file import journal_of
 from sonoedge.runtime import hints
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.golden import GoldenCase
@@ -27,21 +32,31 @@ from sonoedge.runtime.model import open_model
 
 
 @pytest.fixture
-def quick(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds of the same checkpoint take the graphs that were exported for the first one."""
-    monkeypatch.setattr(bundle_graphs, "export_vision", lambda _model: tiny.marked["vision"].clone())
-    monkeypatch.setattr(
-        bundle_graphs, "export_decoder", lambda _model, kind, _context: tiny.marked[kind.name.lower()].clone()
-    )
+def quick(marked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of the same checkpoint take graphs that were exported before."""
+    marked.stand_in(monkeypatch)
 
 
 FEW: dict[str, dict[str, Any]] = {"calibration": {"frames": 4, "least_expert_tokens": 1}, "hints": {"frames": 8}}
+# Nothing to calibrate, no hints: a build is hardly more than its weights and graphs.
+WEIGHT_ONLY: dict[str, Any] = {
+    "calibration": {"frames": 2, "least_expert_tokens": 0},
+    "quantization": {"default": "w8a16"},
+    "limits": {"golden_cases": 1},
+    "hints": None,
+}
 
 
 @pytest.fixture
 def few(write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe for builds that end early: hardly any frame is rendered."""
     return write_recipe(tmp_path_factory.mktemp("few") / "recipe.toml", **FEW)
+
+
+@pytest.fixture
+def weight_only(write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that calibrates nothing."""
+    return write_recipe(tmp_path_factory.mktemp("weight_only") / "recipe.toml", **WEIGHT_ONLY)
 
 
 def left_in(folder: Path) -> list[str]:
@@ -60,7 +75,7 @@ def test_the_bundle_holds_what_it_says(tiny: Any) -> None:
     assert manifest.decoder.context == recipe.limits.context
     assert manifest.image.max_pixels == 84 * 84
     assert set(manifest.toolchain) >= {"torch", "onnx", "onnxruntime", "numpy"}
-    table = msgspec.json.decode(bundle.path("calibration.json").read_bytes(), type=RangeTable)
+    table = msgspec.json.decode(bundle.path("calibration.json").read_bytes(), type=CalibrationTable)
     assert table.frames == recipe.calibration.frames
     assert table.sha256 == manifest.hashes.calibration
     assert all(min(tokens) >= recipe.calibration.least_expert_tokens for tokens in table.expert_tokens.values())
@@ -74,10 +89,14 @@ def test_the_bundle_holds_what_it_says(tiny: Any) -> None:
     assert bundle.path(HINT_SCHEMA_FILE).read_bytes() == packaged.read_bytes()
 
 
-def test_both_decoders_share_their_weights_and_are_valid(tiny: Any) -> None:
+def test_all_graphs_share_their_weights_and_are_valid(tiny: Any) -> None:
     bundle = open_bundle(tiny.bundle)
-    for formulation in ("ort", "qdq"):
-        path = bundle.graph("decoder", formulation)
+    graphs = bundle.manifest.graphs
+    assert [(graph.purpose, graph.formulation) for graph in graphs] == [
+        ("vision", "ort"), ("vision", "qdq"), ("decoder", "ort"), ("decode", "ort"), ("decoder", "qdq"),
+    ]  # fmt: skip
+    for graph in graphs:
+        path = bundle.path(graph.path)
         model = onnx.load(path, load_external_data=False)
         held = {
             entry.value
@@ -85,14 +104,19 @@ def test_both_decoders_share_their_weights_and_are_valid(tiny: Any) -> None:
             for entry in tensor.external_data
             if entry.key == "location"
         }
-        assert held == {bundle_graphs.WEIGHTS}
-        large = [t.name for t in model.graph.initializer if len(t.raw_data) > bundle_graphs.EXTERNAL_BYTES]
-        assert large == [], "a second copy of the weights"
+        assert held == {Path(WEIGHTS).name}
+        inline = sum(len(t.raw_data) for t in model.graph.initializer if not t.external_data)
+        assert inline < 20_000, "a second copy of the weights"
         custom = {node.domain for node in model.graph.node} - {"", "sonoedge"}
-        assert custom == ({"com.microsoft"} if formulation == "ort" else set())
-        if formulation == "qdq":
+        assert custom <= ({"com.microsoft"} if graph.formulation == "ort" else set())
+        if graph.formulation == "qdq":
             onnx.checker.check_model(str(path))
-    assert bundle.manifest.stages["decoder"].bytes is not None
+    held_files = [name for name in bundle.manifest.files if name.startswith("graphs/") and not name.endswith(".onnx")]
+    assert held_files == [WEIGHTS]
+    for stage in ("vision", "decoder", "decode"):
+        assert bundle.manifest.stages[stage].bytes is not None
+    assert bundle.manifest.stages["decode"].bytes < bundle.manifest.stages["decoder"].bytes
+    assert not any(path.name.endswith(("journal", "lock")) for path in tiny.bundle.rglob("*"))
 
 
 def test_a_built_bundle_gives_hints(tiny: Any) -> None:
@@ -125,7 +149,7 @@ def test_conversations_calibrate_too(
         tmp_path / "recipe.toml",
         calibration={"frames": 3, "least_expert_tokens": 1},
         limits={"golden_cases": 9},
-        quantization={"float": ["visual", "lm_head"]},
+        quantization={"graphs": "memory", "schemes": {"visual": "float", "lm_head": "float"}},
     )
     profile = Path(build.__file__).parents[1] / "device_profiles" / "cpu-aarch64.toml"
     out = tmp_path / "deep" / "bundle"
@@ -142,6 +166,7 @@ def test_conversations_calibrate_too(
     assert sum(name.startswith("golden/") for name in bundle.manifest.files) == 3
     vision = onnx.load(bundle.graph("vision", "ort"))
     assert not any(node.op_type == "QuantizeLinear" for node in vision.graph.node)
+    assert bundle.find_graph("decode", "ort") is None  # one form in memory
     assert left_in(out.parent) == ["bundle"]
 
 
@@ -200,11 +225,15 @@ def test_an_existing_folder_is_left_alone(tiny: Any, tmp_path: Path, sonoedge: A
 LATE_REFUSALS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "an expert with too few tokens": (
         {"calibration": {"frames": 1, "least_expert_tokens": 100_000}},
-        r"calibration gave model.layers.0.moe.experts.0 only",
+        "calibration gave model.layers.0.moe.experts.",
     ),
     "too few frames for familiarity": ({"hints": {"frames": 12}}, "hints.frames = 12: "),
     "a context that the questions do not fit": ({"limits": {"context": 40}}, "limits.context = 40"),
-    "a float name without product": ({"quantization": {"float": ["visul"]}}, "quantization.float names 'visul'"),
+    "a scheme without product": (
+        {"quantization": {"schemes": {"visul": "float"}}},
+        "quantization.schemes names 'visul'",
+    ),
+    "a search without floor": ({"search": {"frames": 1}}, "[search] has no floor to search for"),
 }
 
 
@@ -224,22 +253,33 @@ def test_what_turns_out_late_leaves_nothing_behind(
     assert left_in(tmp_path) == ["recipe.toml"]
 
 
+@pytest.fixture
+def spoilt(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint with one weight that is no number."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    tensors["visual.blocks.1.mlp.fc1.weight"][3, 3] = float("nan")
+    save_file(tensors, tmp_path / "checkpoint" / "model.safetensors")
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "words"),
+    [
+        (True, "the input of visual.blocks.1.mlp.fc2 is not finite"),
+        (False, "visual.blocks.1.mlp.fc1.weight: a weight is not finite"),
+    ],
+)
 def test_weights_that_are_not_numbers_are_refused(
-    tiny: Any, quick: None, few: Path, tmp_path: Path, sonoedge: Any
+    spoilt: Path, quick: None, few: Path, weight_only: Path, tmp_path: Path, sonoedge: Any, calibrated: bool, words: str
 ) -> None:
-    model = load_checkpoint(tiny.checkpoint)
-    with torch.no_grad():
-        model.visual.blocks[1].get_parameter("mlp.fc1.weight")[3, 3] = float("nan")
-    shutil.copyfile(tiny.checkpoint / "tokenizer.json", tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    save_checkpoint(model, tmp_path / "checkpoint", tokenizer_files_from=tmp_path)
     ran = sonoedge(
-        "build", tmp_path / "checkpoint", "--profile", "cpu-x86-64", "--recipe", few,
-        "--calibration", "phantoms", "--out", tmp_path / "bundle",
+        "build", spoilt, "--profile", "cpu-x86-64", "--recipe", few if calibrated else weight_only,
+        "--calibration", "phantoms", "--out", tmp_path / "new" / "bundle",
     )  # fmt: skip
     assert ran.status == 2
-    assert "the input of visual.blocks.1.mlp.fc2 is not finite" in ran.err
-    assert not (tmp_path / "bundle").exists()
+    assert words in ran.err
+    assert left_in(tmp_path) == ["checkpoint"]
 
 
 def test_numbers_that_only_the_graphs_get_wrong_are_refused(
@@ -256,11 +296,147 @@ def test_numbers_that_only_the_graphs_get_wrong_are_refused(
     assert left_in(tmp_path) == []
 
 
-def test_a_plan_names_every_product(tiny_model: EchoVLM) -> None:
-    chosen = plan(tiny_model, RangeTable(0, {}, {}), Quantization(Scheme.W8A8, ("model.layers.1.mlp",)))
-    floats = {name for name, scheme in chosen.schemes.items() if scheme is Scheme.FLOAT}
-    assert floats == {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
-    assert {name for name in chosen.schemes if name.endswith("experts")} == {
-        f"model.layers.{n}.moe.experts" for n in range(3)
-    }
-    assert not any("gate.weight" in name or name.endswith(("moe.gate", "coefficient")) for name in chosen.schemes)
+def build_weight_only(sonoedge: Any, checkpoint: Path, recipe: Path, out: Path) -> Any:
+    return sonoedge(
+        "build", checkpoint, "--profile", "cpu-x86-64", "--recipe", recipe, "--calibration", "phantoms",
+        "--out", out, "--json",
+    )  # fmt: skip
+
+
+def test_the_same_build_gives_the_same_weights_and_graphs(
+    tiny_checkpoint: Path, quick: None, weight_only: Path, tmp_path: Path, sonoedge: Any
+) -> None:
+    for name in ("one", "two"):
+        ran = build_weight_only(sonoedge, tiny_checkpoint, weight_only, tmp_path / name)
+        assert ran.status == 0, ran.err
+        assert msgspec.json.decode(ran.last_line)["tensors_kept"] == 0
+    one, two = (open_bundle(tmp_path / name).manifest for name in ("one", "two"))
+    assert one.files == two.files
+    assert one.model.id == two.model.id
+    assert left_in(tmp_path) == ["one", "two"]
+
+
+SLOW = """
+import sys, time
+from sonoedge import cli
+from sonoedge.export import weight_file
+
+quantize = weight_file.quantize_weight
+weight_file.quantize_weight = lambda rows, block: time.sleep(0.05) or quantize(rows, block)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_build_goes_on_where_it_was(
+    tiny_checkpoint: Path, quick: None, weight_only: Path, tmp_path: Path, sonoedge: Any
+) -> None:
+    """A real process, killed without warning in the middle of the weights; meanwhile a second build is refused."""
+    out = tmp_path / "new" / "bundle"
+    arguments = [
+        "build", tiny_checkpoint, "--profile", "cpu-x86-64", "--recipe", weight_only, "--calibration", "phantoms",
+        "--out", out,
+    ]  # fmt: skip
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen([sys.executable, "-c", SLOW, *map(str, arguments)], stdout=said, stderr=said)
+    journal = journal_of(out.parent / ".bundle.building" / "model.weights")
+    try:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 12:
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.02)
+        ran = build_weight_only(sonoedge, tiny_checkpoint, weight_only, out)
+        assert ran.status == 2
+        assert "bundle is being built by another process: wait for it" in ran.err
+    finally:
+        process.kill()
+        process.wait()
+    assert left_in(out.parent) == [".bundle.building"]
+    finished = journal.read_bytes().count(b"\n") - 1
+    ran = build_weight_only(sonoedge, tiny_checkpoint, weight_only, out)
+    assert ran.status == 0, ran.err
+    assert msgspec.json.decode(ran.last_line)["tensors_kept"] == finished >= 11
+    assert left_in(out.parent) == ["bundle"]
+    fresh = build_weight_only(sonoedge, tiny_checkpoint, weight_only, tmp_path / "fresh")
+    assert fresh.status == 0, fresh.err
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "fresh" / WEIGHTS).read_bytes()
+
+
+def test_a_disk_that_fills_up_is_told_and_the_next_run_finishes(
+    tiny_checkpoint: Path, quick: None, weight_only: Path, tmp_path: Path, sonoedge: Any
+) -> None:
+    out = tmp_path / "new" / "bundle"
+    written: list[str] = []
+    real = weight_file._write_unit
+
+    def filling(file: Any, unit: Any, *rest: Any) -> str:
+        if len(written) == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(unit.values.name)
+        return real(file, unit, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_file, "_write_unit", filling)
+        ran = build_weight_only(sonoedge, tiny_checkpoint, weight_only, out)
+    assert ran.status == 2
+    assert "bundle: the disk is full: free space; what is finished is kept, run the same command again" in ran.err
+    assert left_in(out.parent) == [".bundle.building"]
+    ran = build_weight_only(sonoedge, tiny_checkpoint, weight_only, out)
+    assert ran.status == 0, ran.err
+    assert msgspec.json.decode(ran.last_line)["tensors_kept"] == 10
+    assert left_in(out.parent) == ["bundle"]
+
+
+def test_a_disk_that_fills_up_later_keeps_the_calibration_too(
+    tiny_checkpoint: Path, quick: None, write_recipe: Callable[..., Path], tmp_path: Path, sonoedge: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Full while the graphs are written: nothing that was slow is done again."""
+    changes = {"calibration": {"frames": 4, "least_expert_tokens": 1, "smooth": True}, "hints": None}
+    recipe = write_recipe(tmp_path / "recipe.toml", **changes)
+    out = tmp_path / "bundle"
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "write_graphs", full)
+        ran = build_weight_only(sonoedge, tiny_checkpoint, recipe, out)
+    assert "the disk is full: free space; what is finished is kept" in ran.err
+    monkeypatch.setattr(quantizing, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    ran = build_weight_only(sonoedge, tiny_checkpoint, recipe, out)
+    assert ran.status == 0, ran.err
+    config, _ = open_checkpoint(tiny_checkpoint)
+    manifest = open_bundle(out).manifest
+    table = msgspec.json.decode((out / "calibration.json").read_bytes(), type=CalibrationTable)
+    assert table.smoothing_sha256 is not None
+    assert manifest.hashes.calibration == table.sha256
+    layout = plan_layout(config, make_plan(config, table, load_recipe(recipe).quantization))
+    assert msgspec.json.decode(ran.last_line)["tensors_kept"] == len(layout.units)
+    assert left_in(tmp_path) == ["bundle", "recipe.toml"]
+
+
+def test_a_missing_shard_is_named(tiny_checkpoint: Path, few: Path, tmp_path: Path, sonoedge: Any) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_bytes(msgspec.json.encode(index))
+    ran = build_weight_only(sonoedge, checkpoint, few, tmp_path / "new" / "bundle")
+    assert ran.status == 2
+    assert "model-00001-of-00002.safetensors is missing" in ran.err
+    assert "render" not in ran.err
+    assert left_in(tmp_path) == ["checkpoint"]
+
+
+def test_a_scheme_that_the_profile_cannot_run_is_refused_at_once(
+    tiny_checkpoint: Path, write_recipe: Callable[..., Path], tmp_path: Path, sonoedge: Any
+) -> None:
+    recipe = write_recipe(tmp_path / "r.toml", quantization={"schemes": {"model.layers": "w8a8-dynamic"}})
+    ran = sonoedge(
+        "build", tiny_checkpoint, "--profile", "jetson-orin-nano-8gb", "--recipe", recipe, "--calibration", "phantoms",
+        "--out", tmp_path / "new" / "bundle",
+    )  # fmt: skip
+    assert ran.status == 2
+    assert "quantization.schemes.'model.layers' = 'w8a8-dynamic': jetson-orin-nano-8gb runs tensorrt" in ran.err
+    assert "choose w8a8, w8a16, w8a16-block128, float" in ran.err
+    assert "render" not in ran.err
+    assert left_in(tmp_path) == ["r.toml"]

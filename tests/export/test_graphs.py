@@ -1,5 +1,8 @@
-"""The exported graphs in ONNX Runtime: float ones repeat the recorded outputs, int8 ones hold the weights promised."""
+"""The graphs in ONNX Runtime: float ones repeat the recorded outputs, int8 ones hold the operators promised."""
 
+from __future__ import annotations
+
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,26 +10,26 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
+import onnx
 import pytest
 from safetensors.numpy import load_file
 
-from sonoedge.calibration.ranges import RangeTable
+from sonoedge.bundle import BundleWriter
+from sonoedge.calibration.table import CalibrationTable
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.graphs import Attention, export_decoder
-from sonoedge.export.lowering import QuantizationPlan, Scheme, lower
+from sonoedge.export.bundle_graphs import WEIGHTS, stage_costs, write_graphs
+from sonoedge.export.layout import EMBEDDING, plan_layout
 from sonoedge.export.markers import DOMAIN
-from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
-from sonoedge.export.models.loading import init_model, load_checkpoint
-from sonoedge.export.quantize import plan, products, quantized_share
+from sonoedge.export.models.loading import empty_model
+from sonoedge.export.passes.products import Purpose
+from sonoedge.export.quantize import make_plan, product_names, products, quantized_share
 from sonoedge.export.recipe import Quantization
-from sonoedge.export.torch_session import TorchSession, decoder_spec
-from sonoedge.runtime.preprocess import ImageSpec, Patches
-from sonoedge.runtime.sessions.ort import OrtSession, _load, patch_places
+from sonoedge.export.scheme import CacheScheme, QuantizationPlan, Scheme
+from sonoedge.runtime.preprocess import Patches
 
 BOUND = 1e-4
-CONTEXT = 640  # of the recipe that the graphs were exported for
+PROBES = ("probe.hidden.", "probe.router.")
 Floats = npt.NDArray[np.float32]
 
 
@@ -64,40 +67,49 @@ def cases(golden_folder: Path) -> dict[str, Case]:
     return recorded(golden_folder / "echovlm_tiny")
 
 
-@pytest.fixture(scope="module")
-def float_plan(tiny_checkpoint: Path) -> QuantizationPlan:
-    linears, mixtures = products(load_checkpoint(tiny_checkpoint))
-    return QuantizationPlan(dict.fromkeys([*linears, *mixtures, "lm_head"], Scheme.FLOAT), {})
+def plan_of(names: tuple[str, ...], scheme: Scheme, cache: CacheScheme = CacheScheme.FLOAT) -> QuantizationPlan:
+    """Every product in `scheme`, with a range for whatever may ask for one."""
+    schemes = dict.fromkeys(names, scheme) | {EMBEDDING: Scheme.FLOAT}
+    inputs = [*names, *(f"{name}.{expert}.down_proj" for name in names for expert in range(4))]
+    caches = [f"model.layers.{layer}.self_attn.{part}" for layer in range(3) for part in ("key", "value")]
+    return QuantizationPlan(schemes, dict.fromkeys(inputs, 4.0), cache, dict.fromkeys(caches, 4.0))
 
 
 @pytest.fixture(scope="module")
-def float_graphs(tiny: Any, float_plan: QuantizationPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all three graphs, nothing quantized."""
-    folder = tmp_path_factory.mktemp("float")
-    for name, model in tiny.marked.items():
-        lowered = model.clone()
-        lower(lowered, float_plan)
-        ir.save(lowered, folder / f"{name}.onnx")
-    return folder
+def names(marked: Any) -> tuple[str, ...]:
+    return product_names(marked.config)
 
 
-@pytest.fixture
-def open_graphs(tiny_model: EchoVLM) -> Iterator[Callable[[Path], OrtSession]]:
-    """Open the vision and in-place graphs of a folder as the runtime does."""
-    opened = []
+@pytest.fixture(scope="module")
+def compiled(
+    marked: Any,
+    names: tuple[str, ...],
+    tiny_checkpoint: Path,
+    compile_graphs: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Scheme], Any]:
+    """The smallest checkpoint's graphs with everything in one scheme, made once."""
+    made: dict[Scheme, Any] = {}
 
-    def make(folder: Path) -> OrtSession:
-        spec = decoder_spec(tiny_model.config, CONTEXT)
-        session = OrtSession(folder / "vision.onnx", folder / "in_place.onnx", ImageSpec(), spec, threads=1)
-        opened.append(session)
-        return session
+    def get(scheme: Scheme) -> Any:
+        if scheme not in made:
+            graphs = {"vision": marked.vision(), "decoder": marked.decoder()}
+            folder = tmp_path_factory.mktemp("graphs") / scheme.value
+            made[scheme] = compile_graphs(tiny_checkpoint, graphs, plan_of(names, scheme), folder)
+        return made[scheme]
 
-    yield make
-    for session in opened:
-        session.close()
+    return get
 
 
-def embeds_of(session: OrtSession, case: Case) -> Floats | None:
+@pytest.fixture(params=Purpose)
+def session(request: pytest.FixtureRequest, compiled: Callable[[Scheme], Any]) -> Iterator[Any]:
+    """The float graphs of every purpose."""
+    opened = compiled(Scheme.FLOAT).open(request.param)
+    yield opened
+    opened.close()
+
+
+def embeds_of(session: Any, case: Case) -> Floats | None:
     return np.concatenate([session.encode_image(image) for image in case.images]) if case.images else None
 
 
@@ -106,10 +118,7 @@ def test_recorded_sequences_are_what_they_should_be(cases: dict[str, Case]) -> N
     assert {len(case.images) for case in cases.values()} >= {0, 1, 2}
 
 
-def test_in_place_graph_repeats_the_recording_in_one_pass(
-    float_graphs: Path, open_graphs: Callable[[Path], OrtSession], cases: dict[str, Case]
-) -> None:
-    session = open_graphs(float_graphs)
+def test_float_graphs_repeat_the_recording_in_one_pass(session: Any, cases: dict[str, Case]) -> None:
     for name, case in cases.items():
         session.rewind(0)
         rows = np.arange(len(case.ids))
@@ -119,10 +128,7 @@ def test_in_place_graph_repeats_the_recording_in_one_pass(
         assert error < BOUND
 
 
-def test_in_place_graph_repeats_the_recording_token_by_token(
-    float_graphs: Path, open_graphs: Callable[[Path], OrtSession], cases: dict[str, Case]
-) -> None:
-    session = open_graphs(float_graphs)
+def test_float_graphs_repeat_the_recording_token_by_token(session: Any, cases: dict[str, Case]) -> None:
     for case in cases.values():
         session.rewind(0)
         embeds = embeds_of(session, case)
@@ -135,11 +141,29 @@ def test_in_place_graph_repeats_the_recording_token_by_token(
         assert np.abs(np.concatenate(found) - case.logits[first - 1 :]).max() < BOUND
 
 
-def test_branches_of_a_tree_and_rewinding_repeat_the_recording(
-    float_graphs: Path, open_graphs: Callable[[Path], OrtSession], cases: dict[str, Case]
-) -> None:
+def test_two_float_graphs_take_turns_at_one_cache(compiled: Callable[[Scheme], Any], cases: dict[str, Case]) -> None:
+    """Several tokens by one graph, one by the other, the cache rewound between them: always what was recorded."""
+    session = compiled(Scheme.FLOAT).open(Purpose.ROWS, both=True)
+    for case in cases.values():
+        session.rewind(0)
+        ids, positions, total = case.ids, case.positions, len(case.ids)
+        first = 1 + max(np.flatnonzero(ids == 511), default=0)
+        session.extend(ids[:first], positions[:, :first], image_embeds=embeds_of(session, case))
+        for start, end in (
+            (first, first + 1),
+            (first + 1, total),
+            (total - 1, total),
+            (first, total - 1),
+            (total - 1, total),
+        ):
+            session.rewind(start)
+            found = session.extend(ids[start:end], positions[:, start:end], logits_rows=np.arange(end - start))
+            assert np.abs(found - case.logits[start:end]).max() < BOUND
+    session.close()
+
+
+def test_branches_of_a_tree_and_rewinding_repeat_the_recording(session: Any, cases: dict[str, Case]) -> None:
     """The recorded ending stands behind its prefix beside a strange branch, as hints do, and again after a rewind."""
-    session = open_graphs(float_graphs)
     case = cases["two_images.0"]
     total = len(case.ids)
     length = 1 + int(np.flatnonzero(case.ids == 511)[-1])
@@ -164,144 +188,232 @@ def test_branches_of_a_tree_and_rewinding_repeat_the_recording(
     assert np.abs(found - case.logits[length:]).max() < BOUND
 
 
-def test_standard_graph_repeats_the_recording_in_two_parts(float_graphs: Path, cases: dict[str, Case]) -> None:
-    """Standard operators return the cache grown; the second part is given what the first returned."""
-    vision, decoder = (_load(float_graphs / f"{name}.onnx", 1) for name in ("vision", "standard"))
-    names = [output.name for output in decoder.get_outputs()]
-    for name, case in cases.items():
-        embeds = [
-            vision.run(None, {"patches": image.values, "places": patch_places(image.grid, 2)})[0]
-            for image in case.images
-        ]
-        held = np.concatenate(embeds) if embeds else np.zeros((1, 64), np.float32)
-        cache = {f"past_{n[8:]}": np.zeros((1, 2, 0, 16), np.float32) for n in names[1:]}
-        middle = 1 + max(np.flatnonzero(case.ids == 511), default=0)
-        found = []
-        for start, end in ((0, middle), (middle, len(case.ids))):
-            visible = np.tri(end - start, end, start, dtype=bool)
-            feed = {
-                "input_ids": case.ids[None, start:end],
-                "positions": case.positions[:, None, start:end],
-                "image_embeds": held,
-                "attention_bias": np.where(visible, np.float32(0), np.float32(-1e9))[None, None],
-                "logits_rows": np.arange(end - start),
-                "last_token": np.array([end - 1], np.int32),
-                "total_tokens": np.array(end, np.int32),
-                **cache,
-            }
-            outputs = decoder.run(None, feed)
-            found.append(outputs[0])
-            cache = {f"past_{n[8:]}": value for n, value in zip(names[1:], outputs[1:], strict=True)}
-        error = np.abs(np.concatenate(found) - case.logits).max()
-        print(name, "largest error:", error)
-        assert error < BOUND
-
-
-def test_marks_are_called_as_the_recipe_calls_products(tiny: Any, tiny_model: EchoVLM) -> None:
+def test_marks_are_called_as_the_recipe_calls_products(marked: Any, tiny_model: EchoVLM) -> None:
     linears, mixtures = products(tiny_model)
-    for decoder in ("in_place", "standard"):
-        names = [
-            node.attributes["name"].as_string()
-            for graph in ("vision", decoder)
-            for node in tiny.marked[graph].graph
-            if node.domain == DOMAIN
+    nodes = [node for graph in (marked.vision(), marked.decoder()) for node in graph.graph if node.domain == DOMAIN]
+    names: dict[str, list[str]] = {}
+    for node in nodes:
+        names.setdefault(node.op_type, []).append(node.attributes["name"].as_string())
+    assert all(len(found) == len(set(found)) for found in names.values())
+    assert set(names.pop("Linear")) == {*linears, "lm_head"}
+    assert set(names.pop("Experts")) == set(mixtures)
+    assert names.pop("Embedding") == [EMBEDDING]
+    assert names.pop("Attention") == [f"model.layers.{layer}.self_attn" for layer in range(3)]
+    assert sorted(names.pop("Probe")) == sorted(f"{probe}{layer}" for probe in PROBES for layer in range(3))
+    assert not names
+
+
+def test_an_export_holds_no_weight(marked: Any) -> None:
+    """Parameters leave under the checkpoint's keys and without a value: the file is what counts, not the model."""
+    state = set(empty_model(marked.config).state_dict())
+    found: set[str] = set()
+    for graph in (marked.vision(), marked.decoder()):
+        hollow = {name for name, value in graph.graph.initializers.items() if value.const_value is None}
+        held = [value for name, value in graph.graph.initializers.items() if name not in hollow]
+        assert sum(value.const_value.size for value in held) < 100
+        found |= hollow
+    assert found == state
+
+
+def loaded(compiled: Any, name: str, purpose: Purpose) -> onnx.ModelProto:
+    return onnx.load(compiled.path(name, purpose), load_external_data=False)
+
+
+def nodes_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Those of the graph and of its functions."""
+    return [*model.graph.node, *(node for function in model.functions for node in function.node)]
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+@pytest.mark.parametrize("scheme", [Scheme.W8A8, Scheme.W8A8_DYNAMIC, Scheme.W8A16])
+def test_decode_reads_bits_and_chosen_experts_only(
+    compiled: Callable[[Scheme], Any], names: tuple[str, ...], scheme: Scheme
+) -> None:
+    model = loaded(compiled(scheme), "decoder", Purpose.TOKEN)
+    nodes = nodes_of(model)
+    by_type: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        by_type.setdefault(node.op_type, []).append(node)
+    bits, mixtures = by_type["MatMulNBits"], by_type["QMoE"]
+    assert len(bits) == sum(not name.startswith("visual.") and not name.endswith(".experts") for name in names)
+    assert len(mixtures) == 3
+    for node in bits:
+        attributes = attributes_of(node)
+        assert (attributes["bits"], attributes["accuracy_level"]) == (8, 4)
+        assert attributes["block_size"] >= 128
+        assert node.domain == "com.microsoft"
+    makers = {output: node for node in nodes for output in node.output}
+    for node in mixtures:
+        attributes = attributes_of(node)
+        assert attributes["expert_weight_bits"] == 8
+        assert attributes["normalize_routing_weights"] == 0
+        assert attributes["k"] == 2
+        assert len(node.input) == 15
+        assert node.input[14] == node.input[1]  # the weights of those chosen, zeros for the others
+        assert makers[node.input[14]].op_type == "Reshape"
+    # A token's input is rounded nowhere else.
+    assert not {"QuantizeLinear", "DequantizeLinear", "QGemm", "MatMulInteger"} & by_type.keys()
+    assert len(by_type["GroupQueryAttention"]) == 3
+
+
+@pytest.mark.parametrize("name", ["vision", "decoder"])
+@pytest.mark.parametrize("purpose", [Purpose.ROWS, Purpose.PORTABLE])
+def test_many_rows_are_symmetric_int8_between_q_and_dq(
+    compiled: Callable[[Scheme], Any], names: tuple[str, ...], name: str, purpose: Purpose
+) -> None:
+    graphs = compiled(Scheme.W8A8)
+    model = loaded(graphs, name, purpose)
+    counted: Counter[str] = Counter()
+    scopes: list[Any] = [model.graph, *model.functions]
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    for scope in scopes:
+        constants = {node.output[0]: node.attribute[0].t for node in scope.node if node.op_type == "Constant"}
+        for node in scope.node:
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+                continue
+            zero = constants.get(node.input[2], values.get(node.input[2]))
+            if zero is None:  # what a function is given: looked at where it is called
+                assert node.input[2].endswith("_zero")
+                assert scope is not model.graph
+                continue
+            counted[node.op_type] += 1
+            assert zero.data_type == onnx.TensorProto.INT8
+            assert not np.any(onnx.numpy_helper.to_array(zero))
+    for key, tensor in values.items():
+        if key.endswith("_zero"):
+            counted["zeros"] += 1
+            assert tensor.data_type == onnx.TensorProto.INT8
+            assert not np.any(onnx.numpy_helper.to_array(tensor))
+            assert values[key.removesuffix("_zero")].data_type == onnx.TensorProto.INT8
+    mine = [each for each in names if each.startswith("visual.") == (name == "vision")]
+    mixtures = [each for each in mine if each.endswith(".experts")]
+    assert counted["zeros"] == len(mine) - len(mixtures) + 8 * len(mixtures)  # four experts, two matrices each
+    assert counted["DequantizeLinear"] > 0
+    assert not any(node.op_type == "MatMulNBits" for node in nodes_of(model))
+    float_matrices = [key for key, t in values.items() if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2]
+    assert not any(key.startswith(tuple(mine)) for key in float_matrices), float_matrices
+    domains = {node.domain for node in nodes_of(model)} - {"", DOMAIN}
+    assert domains == ({"com.microsoft"} if purpose is Purpose.ROWS and name == "decoder" else set())
+    if purpose is Purpose.PORTABLE:
+        onnx.checker.check_model(str(graphs.path(name, purpose)))
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+def test_all_graphs_name_one_file_that_holds_everything_once(
+    compiled: Callable[[Scheme], Any], names: tuple[str, ...], marked: Any, scheme: Scheme
+) -> None:
+    graphs = compiled(scheme)
+    layout = plan_layout(marked.config, plan_of(names, scheme))
+    used: set[tuple[int, int]] = set()
+    for path in sorted(graphs.folder.glob("*.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        small = 0
+        for tensor in model.graph.initializer:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            if not entries:
+                small += len(tensor.raw_data)
+                continue
+            assert entries["location"] == "model.weights"
+            stored = layout.tensors[tensor.name.removesuffix("_bits")]
+            assert (int(entries["offset"]), int(entries["length"])) == (stored.offset, stored.length)
+            assert tuple(tensor.dims) == stored.shape
+            used.add((stored.offset, stored.offset + stored.length))
+        assert small < 20_000, "a second copy of weights"
+    assert (graphs.folder / "model.weights").stat().st_size == layout.size
+    # Every written tensor is read by a graph, as it is or as part of the tensor of all experts.
+    for unit in layout.units:
+        for part in unit.parts:
+            end = part.offset + part.length
+            assert any(start <= part.offset and end <= stop for start, stop in used), part.name
+
+
+def test_probes_can_be_asked_for(compiled: Callable[[Scheme], Any]) -> None:
+    for purpose in Purpose:
+        made = {
+            output for node in loaded(compiled(Scheme.W8A8), "decoder", purpose).graph.node for output in node.output
+        }
+        assert {f"{probe}{layer}" for probe in PROBES for layer in range(3)} <= made
+
+
+@pytest.mark.parametrize("two_forms", [True, False])
+def test_the_recipe_says_how_many_forms_a_bundle_has(
+    marked: Any, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_forms: bool
+) -> None:
+    """One form only: the graph for many tokens serves one as well, and no MatMulNBits takes memory of its own."""
+    marked.stand_in(monkeypatch)
+    plan = plan_of(names, Scheme.W8A16)
+    with BundleWriter(tmp_path / "bundle") as writer:
+        listed = write_graphs(
+            marked.config, plan, plan_layout(marked.config, plan), marked.context, writer, two_forms=two_forms
+        )
+        paths = [writer.add(graph.path) for graph in listed]
+        kinds = [(graph.purpose, graph.formulation) for graph in listed]
+        assert kinds == [
+            ("vision", "ort"),
+            ("vision", "qdq"),
+            ("decoder", "ort"),
+            *([("decode", "ort")] if two_forms else []),
+            ("decoder", "qdq"),
         ]
-        assert len(names) == len(set(names))
-        assert set(names) == {*linears, *mixtures, "lm_head"}
+        operators = [{node.op_type for node in nodes_of(onnx.load(path, load_external_data=False))} for path in paths]
+        assert any("MatMulNBits" in found for found in operators) == two_forms
+        assert WEIGHTS.startswith("graphs/")
 
 
-@pytest.fixture
-def ranges(tiny: Any) -> RangeTable:
-    """What the build measured."""
-    return msgspec.json.decode((tiny.bundle / "calibration.json").read_bytes(), type=RangeTable)
+def test_a_decode_step_reads_half_of_the_experts(marked: Any, names: tuple[str, ...]) -> None:
+    layout = plan_layout(marked.config, plan_of(names, Scheme.W8A16))
+    costs = stage_costs(marked.config, layout)
+    lengths = {unit.values.name: sum(part.length for part in unit.parts) for unit in layout.units}
+    experts = sum(length for name, length in lengths.items() if ".experts." in name)
+    vision = sum(length for name, length in lengths.items() if name.startswith("visual."))
+    embeddings = lengths[f"{EMBEDDING}.weight"]
+    assert costs["vision"].bytes == vision
+    assert costs["decoder"].bytes == sum(lengths.values()) - vision - embeddings
+    assert costs["decode"].bytes == sum(lengths.values()) - vision - embeddings - experts // 2
 
 
-def test_int8_weights_are_symmetric_and_per_channel(tiny: Any, tiny_model: EchoVLM, ranges: RangeTable) -> None:
-    chosen = plan(tiny_model, ranges, Quantization(Scheme.W8A8))
-    assert quantized_share(chosen) == 1.0
-    linears, mixtures = products(tiny_model)
-    counted = 0
-    for name in ("vision", "in_place", "standard"):
-        model = tiny.marked[name].clone()
-        lower(model, chosen)
-        held = {key: value.const_value.numpy() for key, value in model.graph.initializers.items()}
-        assert not any(node.op_type == "Linear" and node.domain == DOMAIN for node in model.graph)
-        for key, array in held.items():
-            if key.endswith("weight_int8"):
-                counted += 1
-                assert array.dtype == np.int8
-                assert array.min() >= -127
-                label = key.removesuffix("_int8")
-                assert held[f"{label}_scale"].shape == (array.shape[1],)
-                assert held[f"{label}_zero"].dtype == np.int8
-                assert held[f"{label}_zero"].shape == (array.shape[1],)
-                assert not held[f"{label}_zero"].any()
-        left = [key for key, array in held.items() if array.dtype == np.float32 and array.ndim == 2]
-        assert not any(key.startswith(tuple(linears)) or ".experts." in key for key in left), left
-    experts = tiny_model.config.moe.num_experts  # type: ignore[union-attr]
-    vision = sum(name.startswith("visual.") for name in linears)
-    assert counted == vision + 2 * (len(linears) - vision + 2 * experts * len(mixtures) + 1)
+def test_a_plan_names_every_product(marked: Any) -> None:
+    settings = Quantization(Scheme.W8A8, schemes={"model.layers.1.mlp": Scheme.FLOAT})
+    chosen = make_plan(marked.config, CalibrationTable.empty(), settings)
+    floats = {name for name, scheme in chosen.schemes.items() if scheme is Scheme.FLOAT}
+    assert floats == {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    assert {name for name in chosen.schemes if name.endswith("experts")} == {
+        f"model.layers.{n}.moe.experts" for n in range(3)
+    }
+    assert not any("gate.weight" in name or name.endswith(("moe.gate", "coefficient")) for name in chosen.schemes)
+    assert chosen.schemes[EMBEDDING] is Scheme.W8A16  # looked up, not multiplied: its scheme has no activation
+    assert quantized_share(chosen) == pytest.approx(1 - 3 / len(product_names(marked.config)))
 
 
 def test_schemes_may_differ_between_experts(
-    tiny: Any, tiny_model: EchoVLM, ranges: RangeTable, float_plan: QuantizationPlan, float_graphs: Path,
-    open_graphs: Callable[[Path], OrtSession], cases: dict[str, Case], tmp_path: Path,
-) -> None:  # fmt: skip
+    tiny: Any, marked: Any, cases: dict[str, Case], compile_graphs: Callable[..., Any], tmp_path: Path
+) -> None:
     """Two sorts of experts in one graph each keep their own meaning."""
-    errors = {}
+    table = msgspec.json.decode((tiny.bundle / "calibration.json").read_bytes(), type=CalibrationTable)
+    parts = ("model.layers.0.moe", "model.layers.2.moe", "visual", EMBEDDING)
     settings = {
-        "mixed": Quantization(Scheme.W8A8, ("model.layers.0.moe", "model.layers.2.moe", "visual")),
+        "mixed": Quantization(Scheme.W8A8, schemes=dict.fromkeys(parts, Scheme.FLOAT)),
         "int8": Quantization(Scheme.W8A8),
     }
-    case = cases["image.0"]
+    case, errors = cases["image.0"], {}
     for label, setting in settings.items():
-        folder = tmp_path / label
-        folder.mkdir()
-        chosen = plan(tiny_model, ranges, setting)
+        chosen = make_plan(marked.config, table, setting)
         assert (quantized_share(chosen) < 1) == (label == "mixed")
-        for name in ("vision", "in_place"):
-            model = tiny.marked[name].clone()
-            lower(model, chosen)
-            ir.save(model, folder / f"{name}.onnx")
-        session = open_graphs(folder)
+        graphs = {"vision": marked.vision(), "decoder": marked.decoder()}
+        session = compile_graphs(tiny.checkpoint, graphs, chosen, tmp_path / label).open(Purpose.ROWS)
         embeds = embeds_of(session, case)
         found = session.extend(case.ids, case.positions, image_embeds=embeds, logits_rows=np.arange(len(case.ids)))
         errors[label] = float(np.linalg.norm(found - case.logits) / np.linalg.norm(case.logits))
+        session.close()
     print("relative errors:", errors)
     assert 1e-4 < errors["mixed"] < errors["int8"] < 0.25
 
 
-def test_a_float_name_that_is_no_product_is_refused(tiny_model: EchoVLM, ranges: RangeTable) -> None:
-    with pytest.raises(SonoEdgeError, match=r"quantization.float names 'vision', with which no product begins"):
-        plan(tiny_model, ranges, Quantization(Scheme.W8A8, ("visual", "vision")))
-
-
-@pytest.mark.parametrize("variant", ["tied and normalised", "dense"])
-def test_other_architectures_are_exported_too(small_config: ModelConfig, tmp_path: Path, variant: str) -> None:
-    """Tied embeddings serve as the head, normalised routing and dense layers keep their meaning."""
-    assert small_config.moe is not None
-    moe = msgspec.structs.replace(small_config.moe, norm_topk_prob=True)
-    tied = variant != "dense"
-    config = msgspec.structs.replace(
-        small_config, num_hidden_layers=1, moe=moe if tied else None, tie_word_embeddings=tied
-    )
-    model = init_model(config, seed=5, std=0.15).eval()
-    linears, mixtures = products(model)
-    names = [*linears, *mixtures, "lm_head"]
-    assert bool(mixtures) == tied
-    graph = export_decoder(model, Attention.IN_PLACE, 32)
-    lower(graph, QuantizationPlan(dict.fromkeys(names, Scheme.FLOAT), {}))
-    ir.save(graph, tmp_path / "in_place.onnx")
-    vision = tmp_path / "in_place.onnx"  # never run here
-    session = OrtSession(vision, tmp_path / "in_place.onnx", ImageSpec(), decoder_spec(config, 32), threads=1)
-    ids = np.array([5, 6, 89, 89, 7, 8, 9], np.int64)
-    positions = np.tile(np.arange(7), (3, 1))
-    embeds = np.random.default_rng(0).normal(0, 1, (2, 48)).astype(np.float32)
-    rows = np.arange(7)
-    wanted = TorchSession(model, ImageSpec(), 32).extend(ids, positions, image_embeds=embeds, logits_rows=rows)
-    first = session.extend(ids[:5], positions[:, :5], image_embeds=embeds, logits_rows=rows[:5])
-    rest = session.extend(ids[5:], positions[:, 5:], logits_rows=rows[:2])
-    error = np.abs(np.concatenate([first, rest]) - wanted).max()
-    print("largest error:", error)
-    assert error < BOUND
-    session.close()
+@pytest.mark.parametrize("prefix", ["vision", "visual.blocks.9", "model.layers.0.moe.gate", "model.embed_tokens.x"])
+def test_a_scheme_for_what_is_no_product_is_refused(marked: Any, prefix: str) -> None:
+    words = rf"quantization.schemes names '{prefix}', with which no product begins: write names such as 'visual.patch"
+    with pytest.raises(SonoEdgeError, match=words):
+        make_plan(marked.config, CalibrationTable.empty(), Quantization(Scheme.W8A16, schemes={prefix: Scheme.FLOAT}))
