@@ -49,6 +49,7 @@ INTENDED_USE = (
     "Hints are statements of a statistical model about one frame and need a qualified reader."
 )
 TOOLCHAIN = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
+THREADS = 2
 BYTES_A_PARAMETER = 9  # the float32 model and two forms of its int8 graphs
 MEMORY_SHARE = 0.6  # of what is free now
 
@@ -146,9 +147,9 @@ def _assemble(
     shutil.copyfile(schema_file, writer.add(HINT_SCHEMA_FILE))
     session = None
     if whole:
-        paths = [writer.add(item.graph.path) for item in (VISION, DECODER)]
-        decode = writer.add(DECODE.graph.path) if two_forms else None
-        session = OrtSession(*paths, job.spec, decoder, decode=decode, threads=2)
+        vision, many = writer.add(VISION.graph.path), writer.add(DECODER.graph.path)
+        one = writer.add(DECODE.graph.path) if two_forms else None
+        session = OrtSession(vision, many, job.spec, decoder, decode=one, threads=THREADS)
     golden = record_golden(job.checkpoint, session, job.data.corpus, job.tokenizer, job.spec, recipe.limits, writer)
     trust = Trust()
     if session is not None and job.data.known is not None and recipe.hints is not None and not job.random:

@@ -1,4 +1,4 @@
-"""What makes the hints of a bundle trustworthy: temperatures, thresholds of silence and familiarity, fitted after INT8."""
+"""What makes hints trustworthy: temperatures, thresholds of silence and familiarity, fitted after INT8."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILIARITY = "familiarity.npz"
 
 
 class Trust(msgspec.Struct, frozen=True):
-    """Of every hint, its calibration and the calibration error that is left; the file that knows known kinds of image."""
+    """Of every hint its calibration and the error that is left; the file that knows which images are familiar."""
 
     hints: dict[str, HintCalibration] = {}
     errors: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """Where every weight of a bundle lies in its one weights file, and which rows of the checkpoint it is made of.
 
-All graphs of a bundle read the same bytes: int8 weights stand row by row, [out, in], as the checkpoint has them, so they
-can be written in row chunks, and experts of a layer stand side by side, so that one operator may see them as one tensor.
+All graphs of a bundle read the same bytes: int8 weights stand row by row, [out, in], as the checkpoint has them, so
+they can be written in row chunks; experts of a layer stand side by side, so that one operator sees them as one tensor.
 """
 
 from __future__ import annotations

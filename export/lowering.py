@@ -1,7 +1,7 @@
 """From a marked graph to one that a backend runs: all passes in their order, for a purpose and a plan.
 
-optimum's ORTQuantizer is not used: it quantizes the outputs of products too, knows one scheme for a whole graph, and reads
-weights that are all in memory.
+optimum's ORTQuantizer is not used: it quantizes the outputs of products too, knows one scheme for a whole graph, and
+reads weights that are all in memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sonoedge.export.passes.base import run_passes
 from sonoedge.export.passes.embeddings import LowerEmbeddings
 from sonoedge.export.passes.emitter import CONTRIB
 from sonoedge.export.passes.lower_products import LowerProducts
+from sonoedge.export.passes.norms import LowerNorms
 from sonoedge.export.passes.probes import NameProbes
 from sonoedge.export.passes.products import Purpose
 from sonoedge.export.scheme import QuantizationPlan
@@ -35,6 +36,7 @@ def lowered(
         [
             NameProbes(),
             LowerEmbeddings(plan),
+            LowerNorms(purpose),
             attention,
             LowerProducts(config, plan, layout, purpose),
             AttachWeights(layout, weights),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.models.layers import RMSNorm
 from sonoedge.export.models.moe import SparseMoE
 from sonoedge.export.models.vision import PatchEmbed
 
@@ -92,6 +93,25 @@ class MarkedEmbedding(nn.Module):
         return embedded
 
 
+class MarkedRMSNorm(nn.Module):
+    """Stands in for a root-mean-square normalisation, for which backends have an operator of their own."""
+
+    def __init__(self, name: str, norm: RMSNorm) -> None:
+        super().__init__()
+        self.name, self.weight, self.eps = name, norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::RMSNorm",
+            (x, self.weight),
+            {"name": self.name, "epsilon": self.eps},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
+        )
+        return normed
+
+
 def probe_mark(name: str, x: Tensor) -> Tensor:
     """x under a name that a measurement can ask for."""
     seen: Tensor = torch.onnx.ops.symbolic(
@@ -117,6 +137,8 @@ def marked(model: EchoVLM) -> EchoVLM:
             _replace(twin, name, MarkedMoE(f"{name}.experts", module))
         elif isinstance(module, PatchEmbed):
             _replace(twin, name, MarkedPatchEmbed(f"{name}.proj", module.proj))
+        elif isinstance(module, RMSNorm):
+            _replace(twin, name, MarkedRMSNorm(name, module))
     twin.model.embed_tokens = MarkedEmbedding("model.embed_tokens", twin.model.embed_tokens.weight)
     for name, module in list(twin.named_modules()):
         clean = name.replace(".moe.moe.", ".moe.")

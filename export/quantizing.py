@@ -87,7 +87,9 @@ def quantize(
                 f"[{section}] needs the whole model in memory, which this machine lacks: leave the section out of the "
                 "recipe, or build on a larger machine"
             )
-    make_plan(config, CalibrationTable.empty(), recipe.quantization)  # a wrong name is refused before the slow part
+    # What is wrong with the recipe is told before the slow part.
+    make_plan(config, CalibrationTable.empty(), recipe.quantization)
+    floor = Floor() if recipe.search is None else _floor(recipe)
     table, smoothing = _calibrated(checkpoint, recipe, corpus, tokenizer, spec, work)
     plan = make_plan(config, table, recipe.quantization)
     if recipe.search is None and recipe.qat is None:
@@ -97,7 +99,6 @@ def quantize(
     context = recipe.limits.context
     trace = None
     if recipe.search is not None:
-        floor = _floor(recipe)
         held = _held_batches(corpus, recipe.search.frames, tokenizer, spec, context)
         blocks = blocks_of(name for name in plan.schemes if name != EMBEDDING)
         plan, trace = search(
@@ -118,8 +119,8 @@ def quantize(
             return Quantized(work / TUNED, plan, table, Smoothing.none(), trace, tuning)
     if trace is not None and not trace.met and tuning is None:
         raise SonoEdgeError(
-            f"the sensitivity search ends below the floor: {'; '.join(trace.missed)}: raise search.memory_budget_bytes, "
-            "lower the floor in [fidelity], or add [qat]"
+            f"the sensitivity search ends below the floor: {'; '.join(trace.missed)}: raise "
+            "search.memory_budget_bytes, lower the floor in [fidelity], or add [qat]"
         )
     return Quantized(checkpoint, plan, table, smoothing, trace, tuning)
 

@@ -1,6 +1,5 @@
 """The worker thread: it alone uses the session, for hints about the newest frame and for answers between frames."""
 
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from sonoedge.runtime.generate import Generation
 from sonoedge.runtime.hint_engine import HintResult
 from sonoedge.runtime.look import Look, Prompter, look_at
 from sonoedge.runtime.model import Model
+from sonoedge.runtime.prompt import HINT_LANGUAGE
 from sonoedge.runtime.protocol import Answer, Error, Reply, Token
 from sonoedge.runtime.questions import Question, QuestionQueue
 from sonoedge.runtime.slot import LatestFrameSlot
@@ -116,7 +116,8 @@ class Worker:
             look = self._look
             if look is None or look.frame is not question.frame:
                 look = look_at(self._model.session, question.frame)
-            language = question.ask.language or guess_language(question.ask.question)
+            # Hints and questions share a prefix, the one that models learn; answers follow the question's language.
+            language = question.ask.language or HINT_LANGUAGE
             prompt = self._prompter.question([look], question.ask.question, language)
         except SonoEdgeError as error:
             self._finish(question, Error(str(error), question.ask.id))
@@ -136,8 +137,3 @@ class Worker:
         self._current = None
         self._questions.finish(question, took_ms)
         self._on_reply(question, reply)
-
-
-def guess_language(question: str) -> str:
-    """Return "zh" for a question with Chinese characters, else "en"."""
-    return "zh" if re.search(r"[\u3400-\u9fff\uf900-\ufaff]", question) else "en"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,6 @@ from sonoedge.calibration.phantom_text import closed_questions, report, truth_fi
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.runtime.hints import LANGUAGES, load_schema
 from sonoedge.runtime.sources.pictures import read_picture
-from sonoedge.runtime.worker import guess_language
 
 CLOSED, REPORT, CONVERSATION = "closed", "report", "conversation"
 FREE_TEXT = (REPORT, CONVERSATION)  # the tasks whose answers are texts to be scored word by word
@@ -104,3 +104,8 @@ class ConversationCases:
 
 def _joined(asked: Sequence[Asked]) -> str:
     return " ".join(question.text for question in asked)
+
+
+def guess_language(question: str) -> str:
+    """Return "zh" for a question with Chinese characters, else "en"."""
+    return "zh" if re.search(r"[\u3400-\u9fff\uf900-\ufaff]", question) else "en"

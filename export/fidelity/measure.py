@@ -17,7 +17,7 @@ from sonoedge.export.torch_session import TorchSession
 from sonoedge.progress import track
 from sonoedge.runtime.hint_engine import HintEngine
 from sonoedge.runtime.hints import load_schema
-from sonoedge.runtime.prompt import question_ids
+from sonoedge.runtime.prompt import HINT_LANGUAGE, question_ids
 from sonoedge.runtime.sessions.base import Session
 from sonoedge.runtime.tokens import Tokenizer
 
@@ -111,9 +111,9 @@ class _Run:
                 found = engine.scores(seen[name][0])
                 for hint, right in case.hints.items():
                     self.tallies[name].hint(hint, wanted[hint], found[hint], right)
-        self._reference.begin(looks, case.language)
+        self._reference.begin(looks, HINT_LANGUAGE)
         for name, asker in self._askers.items():
-            asker.begin(seen[name], case.language)
+            asker.begin(seen[name], HINT_LANGUAGE)
         worst = [self._question(case, asked, index) for asked in case.asked]
         return max(worst, key=lambda question: question.largest_kl)
 

@@ -12,7 +12,7 @@ from sonoedge.export.passes.lower_products import BITS
 
 
 class AttachWeights(Pass):
-    """Requires: initializers without a value are named as in the layout. Ensures: every initializer has one, none is idle.
+    """Requires: initializers without a value bear names of the layout. Ensures: every one has a value, none is idle.
 
     The file need not be written yet.
     """

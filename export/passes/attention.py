@@ -32,9 +32,8 @@ class AttendInPlace(Pass):
                 key: node.attributes[key].as_int() for key in ("num_heads", "kv_num_heads")
             }
             if self._plan.cache is CacheScheme.INT8:
-                for part in ("key", "value"):
-                    scales.append(emit.constant(np.array([self._plan.cache_scale(f"{name}.{part}")], np.float32)))
-                scales.insert(0, None)  # no attention sink
+                steps = [self._plan.cache_scale(f"{name}.{part}") for part in ("key", "value")]
+                scales = [None, *(emit.constant(np.array([step], np.float32)) for step in steps)]  # no attention sink
                 attributes |= INT8_CACHE
             unused = (None, None, None)  # rotary tables and position ids
             inputs = [q, k, v, past_key, past_value, last_token, total_tokens, *unused, bias, *scales]
@@ -46,7 +45,7 @@ class AttendInPlace(Pass):
 
 
 class AttendStandard(Pass):
-    """Requires: `sonoedge::Attention` marks. Ensures: standard operators; caches of any length go in and come out grown."""
+    """Requires: `sonoedge::Attention` marks. Ensures: standard operators; caches go in and come out grown."""
 
     def __init__(self, plan: QuantizationPlan, head_dim: int) -> None:
         self._plan, self._head_dim = plan, head_dim

@@ -11,13 +11,13 @@ from sonoedge.export.markers import DOMAIN
 
 
 class PassError(Exception):
-    """A pass met a graph that it does not understand, or left one that breaks its promise: a defect, never the user's."""
+    """A pass met a graph that it does not understand, or broke its promise: a defect of ours, never the user's."""
 
 
 class Pass(ABC):
     """One transformation, in place."""
 
-    def requires(self, model: ir.Model) -> None:
+    def requires(self, model: ir.Model) -> None:  # noqa: B027 (a pass without marks to check works on any graph)
         """Raise PassError when the graph is not what this pass works on."""
 
     @abstractmethod
@@ -33,13 +33,18 @@ def run_passes(model: ir.Model, passes: Sequence[Pass]) -> None:
     """Run all passes; a failure names the pass and those before it."""
     done: list[str] = []
     for step in passes:
-        name = type(step).__name__
+        _run(step, model, done)
+        done.append(type(step).__name__)
+
+
+def _run(step: Pass, model: ir.Model, done: Sequence[str]) -> None:
+    stage = step.requires
+    try:
         for stage in (step.requires, step.apply, step.ensures):
-            try:
-                stage(model)
-            except PassError as error:
-                raise PassError(f"{name}.{stage.__name__} after {', '.join(done) or 'the export'}: {error}") from error
-        done.append(name)
+            stage(model)
+    except PassError as error:
+        where = f"{type(step).__name__}.{stage.__name__} after {', '.join(done) or 'the export'}"
+        raise PassError(f"{where}: {error}") from error
 
 
 def marks(model: ir.Model, *kinds: str) -> list[ir.Node]:

@@ -1,4 +1,4 @@
-"""The routed experts of a layer: an ONNX function that says what they compute, or QMoE where one token comes at a time."""
+"""The routed experts of a layer: an ONNX function that says what they compute, or QMoE for one token at a time."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ def experts_function(shape: Shape, scheme: Scheme, purpose: Purpose) -> ir.Funct
     """What a node of experts means, for x [tokens, hidden] and weights [tokens, experts], zero for those not chosen.
 
     Further inputs: the scale of x where the scheme has a fixed one; then for each expert gate and up joined
-    [2 · inner, hidden] and down [hidden, inner], each with scales and zero points where they are int8, with the scale
-    of the expert's hidden activation between them where the scheme has a fixed one. Output [tokens, hidden]: the sum over experts of weights[e] · down(silu(gate(x)) · up(x)). Every
-    expert runs, those not chosen weigh nothing, so the result is exact.
+    [2 · inner, hidden] and down [hidden, inner], each with scales and zero points where they are int8, and before down
+    the scale of the expert's hidden activation where the scheme has a fixed one. Output [tokens, hidden]: the sum over
+    experts of weights[e] · down(silu(gate(x)) · up(x)). Every expert runs, those not chosen weigh nothing, so the
+    result is exact.
     """
     emit, inputs = Emitter("experts"), Inputs()
     arguments: list[ir.Value] = []

@@ -49,7 +49,8 @@ class LowerProducts(Pass):
         key = product_key(name, self._config)
         values = key if scheme is Scheme.FLOAT else int8_name(key, scheme)
         weights = self._weights(graph, scheme, values, scale_name(key, scheme))
-        ranked = len(x.shape) > 2
+        # MatMulNBits takes any rank; the others want matrices.
+        ranked = len(x.shape) > 2 and not needs_bits(scheme, self._purpose)
         matrix = self._inputs.flat(emit, x, weights.columns) if ranked else x
         scale = None
         if scheme is Scheme.W8A8:

@@ -8,7 +8,7 @@ from sonoedge.export.passes.base import Pass, PassError, marks, name_of, none_le
 
 
 class NameProbes(Pass):
-    """Requires: `sonoedge::Probe` marks around values of the graph. Ensures: no mark is left, the values bear the names."""
+    """Requires: `sonoedge::Probe` marks around values. Ensures: no mark is left, the values bear the names."""
 
     def __init__(self) -> None:
         self._names: list[str] = []

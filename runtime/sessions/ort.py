@@ -55,7 +55,7 @@ class OrtSession:
         threads: int,
         decode: Path | None = None,
     ) -> None:
-        """Load the graphs; `decode` is the decoder laid out for one token, `threads` is shared by what a call computes."""
+        """Load the graphs; `decode` is the decoder laid out for one token, `threads` serve what a call computes."""
         self.image, self.spec = image, spec
         self.length = 0
         self._vision = load_graph(vision, threads)
@@ -175,8 +175,8 @@ def load_graph(path: Path, threads: int) -> onnxruntime.InferenceSession:
     runtime = _onnxruntime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Vision and decoder take turns: a pool that spins while it waits takes the cores from the other.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Graphs take turns: a pool may spin within its own run only, or it takes the cores from the others.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # Without it, x86 processors that lack VNNI add int8 products in saturating 16-bit sums and answer wrongly.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3

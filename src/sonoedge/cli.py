@@ -215,7 +215,7 @@ def ask(
     endpoint: Annotated[str, typer.Argument(help="Where `serve` answers, such as tcp://127.0.0.1:5555.")],
     question: Annotated[str, typer.Argument(help="In English or Chinese.", show_default=False)],
     language: Annotated[
-        Literal["en", "zh"] | None, typer.Option(help="Of the answer; else that of the question.", show_default=False)
+        Literal["en", "zh"] | None, typer.Option(help="Of the system turn; else that before hints.", show_default=False)
     ] = None,
     timeout_s: TimeoutS = 30.0,
     as_json: AsJson = False,
