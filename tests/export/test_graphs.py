@@ -199,6 +199,8 @@ def test_marks_are_called_as_the_recipe_calls_products(marked: Any, tiny_model: 
     assert set(names.pop("Experts")) == set(mixtures)
     assert names.pop("Embedding") == [EMBEDDING]
     assert names.pop("Attention") == [f"model.layers.{layer}.self_attn" for layer in range(3)]
+    norms = [f"model.layers.{layer}.{part}_layernorm" for layer in range(3) for part in ("input", "post_attention")]
+    assert sorted(names.pop("RMSNorm")) == [*norms, "model.norm"]
     assert sorted(names.pop("Probe")) == sorted(f"{probe}{layer}" for probe in PROBES for layer in range(3))
     assert not names
 

@@ -22,10 +22,12 @@ from sonoedge.export.passes.embeddings import LowerEmbeddings
 from sonoedge.export.passes.emitter import CONTRIB, Emitter, filled, initializer
 from sonoedge.export.passes.experts import Shape, experts_function
 from sonoedge.export.passes.lower_products import LowerProducts
+from sonoedge.export.passes.norms import LowerNorms
 from sonoedge.export.passes.probes import NameProbes
 from sonoedge.export.passes.products import Purpose
 from sonoedge.export.quantize import product_names
 from sonoedge.export.scheme import CacheScheme, QuantizationPlan, Scheme
+from sonoedge.runtime.sessions.ort import load_graph
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 SHARED = QuantizationPlan({}, {})
@@ -135,6 +137,26 @@ def test_embeddings_are_looked_up_in_standard_operators(scheme: Scheme, found: l
     if scheme is Scheme.W8A16:
         assert held["model.embed_tokens.weight_int8"].dtype is ir.DataType.INT8
         assert tuple(held["model.embed_tokens.weight_scale"].shape or ()) == (10,)
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+def test_norms_are_what_numpy_computes(purpose: Purpose, tmp_path: Path) -> None:
+    x = value("x", 1, "n", 8)
+    weights = np.linspace(0.5, 2, 8).astype(np.float32)
+    weight = value("model.norm.weight", 8)
+    weight.const_value = ir.tensor(weights, name="model.norm.weight")
+    node = ir.node("RMSNorm", [x, weight], attributes={"name": "model.norm", "epsilon": 1e-2}, domain=DOMAIN)
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", FLOAT, ir.Shape([1, "n", 8])
+    model = graph_of([x], [node], [weight])
+    run_passes(model, [LowerNorms(purpose)])
+    portable = purpose is Purpose.PORTABLE
+    assert ("SimplifiedLayerNormalization" in kinds(model)) == (not portable)
+    ir.save(model, tmp_path / "norm.onnx")
+    given = np.random.default_rng(0).normal(0, 0.2, (1, 5, 8)).astype(np.float32)
+    session: Any = load_graph(tmp_path / "norm.onnx", 1)
+    found = session.run(None, {"x": given})[0]
+    wanted = given / np.sqrt((given.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-2) * weights
+    assert np.abs(found - wanted).max() < 1e-6
 
 
 def attention(inputs: int = 8) -> ir.Model:
