@@ -108,8 +108,17 @@ def paraphrase(question_name: str, language: str, rng: np.random.Generator) -> s
 def report(truth: Truth, language: str, rng: np.random.Generator | None = None) -> tuple[str, str]:
     """A question that asks for a report, and the report in two or three short sentences; `rng` chooses the phrasing."""
     question = _canonical(REPORT, language) if rng is None else paraphrase(REPORT, language, rng)
-    phrasings = REPORTS[language]
-    opening, present, absent = phrasings[0 if rng is None else int(rng.integers(len(phrasings)))]
+    return question, _phrased(truth, language, 0 if rng is None else int(rng.integers(len(REPORTS[language]))))
+
+
+def report_phrasings(truth: Truth, language: str) -> tuple[str, ...]:
+    """Every phrasing of the right report, the canonical one first; raises SonoEdgeError for an unknown language."""
+    _canonical(REPORT, language)
+    return tuple(_phrased(truth, language, index) for index in range(len(REPORTS[language])))
+
+
+def _phrased(truth: Truth, language: str, phrasing: int) -> str:
+    opening, present, absent = REPORTS[language][phrasing]
     fields = truth_fields(truth)
     words = {
         "region": _words(_SCHEMA.hint("region"), language, truth.region),
@@ -129,7 +138,7 @@ def report(truth: Truth, language: str, rng: np.random.Generator | None = None) 
         }
     body = absent if fields.kind is None else present
     joint = " " if language == "en" else ""
-    return question, f"{opening}{joint}{body}".format_map(words)
+    return f"{opening}{joint}{body}".format_map(words)
 
 
 def report_fields(text: str, language: str) -> ReportFields:

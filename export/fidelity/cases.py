@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sonoedge.calibration.conversations import IMAGE_MARK, read_conversations
-from sonoedge.calibration.phantom_text import closed_questions, report, truth_fields
+from sonoedge.calibration.phantom_text import closed_questions, report, report_phrasings, truth_fields
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.runtime.hints import LANGUAGES, load_schema
 from sonoedge.runtime.sources.pictures import read_picture
@@ -22,11 +22,11 @@ FREE_TEXT = (REPORT, CONVERSATION)  # the tasks whose answers are texts to be sc
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """One question of a case; `truth` is the right answer where it is known."""
+    """One question of a case; `truths` are wordings of the right answer, empty where it is not known."""
 
     task: str
     text: str
-    truth: str | None
+    truths: tuple[str, ...]
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -65,13 +65,16 @@ class PhantomCases:
         fields = truth_fields(frame.truth)
         closed = closed_questions(frame.truth, language)
         question = closed[index // len(LANGUAGES) % len(closed)]
-        wanted, right = report(frame.truth, language)
+        wanted, _ = report(frame.truth, language)
         hints = {hint.name: getattr(fields, hint.name) for hint in self._schema.hints}
         return Case(
             name=f"phantom {frame.truth.seed}",
             images=(frame.rgb(),),
             language=language,
-            asked=(Asked(CLOSED, question.question, question.answer), Asked(REPORT, wanted, right)),
+            asked=(
+                Asked(CLOSED, question.question, (question.answer,)),
+                Asked(REPORT, wanted, report_phrasings(frame.truth, language)),
+            ),
             hints={
                 name: None if answer is None else self._schema.hint(name).candidate_ids().index(answer)
                 for name, answer in hints.items()
@@ -92,7 +95,8 @@ class ConversationCases:
     def __getitem__(self, index: int) -> Case:
         case = self._cases[index]
         asked = tuple(
-            Asked(CONVERSATION, question.replace(IMAGE_MARK, "").strip(), answer) for question, answer in case.exchanges
+            Asked(CONVERSATION, question.replace(IMAGE_MARK, "").strip(), (answer,))
+            for question, answer in case.exchanges
         )
         return Case(
             name=str(case.id),

@@ -18,7 +18,16 @@ from sonoedge.export.fidelity.tally import Tally
 from sonoedge.runtime.look import Prompt
 from sonoedge.runtime.preprocess import Patches
 
-NOT_ANSWERED = ("answers", "answers_by_language", "hints", "texts", "image_sqnr_db", "calibration_error")
+NOT_ANSWERED = (
+    "answers",
+    "answers_by_language",
+    "tossups_aside",
+    "widest_parting",
+    "hints",
+    "texts",
+    "image_sqnr_db",
+    "calibration_error",
+)
 REASON = "the float model does not fit in memory and was not run here: only its logits on given answers are compared"
 
 

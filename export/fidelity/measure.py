@@ -10,6 +10,7 @@ from sonoedge.bundle import HintCalibration
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.fidelity.answers import Answer, Asker
 from sonoedge.export.fidelity.cases import Asked, Case, Cases
+from sonoedge.export.fidelity.metrics import lead
 from sonoedge.export.fidelity.probes import Probe, TorchProbe
 from sonoedge.export.fidelity.result import Fidelity, WorstCase
 from sonoedge.export.fidelity.tally import Pair, Tally
@@ -27,6 +28,8 @@ NO_PROBE = "the layers of the variant were not probed"
 REASONS = {
     "answers": "the cases ask no question",
     "answers_by_language": "the cases ask no question",
+    "tossups_aside": "the cases ask no question",
+    "widest_parting": "the cases ask no question",
     "hints": "the cases name no hint",
     "texts": "the cases ask for no report and hold no conversation",
     "router": NO_PROBE,
@@ -136,7 +139,9 @@ class _Run:
         for name, tally in self.tallies.items():
             found = self._askers[name].along(question, answer.tokens, drafts[name])
             divergences[name] = tally.tokens(answer.logits, found)
-            tally.answer(Pair(asked.task, case.language, float_text, texts[name], asked.truth))
+            tally.answer(
+                Pair(asked.task, case.language, float_text, texts[name], asked.truths, _parting(answer, drafts[name]))
+            )
         if asked is case.asked[-1] and self._probes:
             self._trace(question, answer)
         return WorstCase(
@@ -147,7 +152,7 @@ class _Run:
             question=asked.text,
             float_answer=float_text,
             variant_answer=texts[shipped],
-            truth=asked.truth,
+            truth=asked.truths[0] if asked.truths else None,
         )
 
     def _trace(self, question: Sequence[int], answer: Answer) -> None:
@@ -155,3 +160,11 @@ class _Run:
         wanted = self._probe.trace(self._reference.whole(question, answer.tokens))
         for name, probe in self._probes.items():
             self.tallies[name].trace(wanted, probe.trace(self._askers[name].whole(question, answer.tokens)))
+
+
+def _parting(answer: Answer, draft: Answer) -> float:
+    """How much more probable the float model finds its own token than the variant's where they part; else 0."""
+    for row, mine, other in zip(answer.logits, answer.tokens, draft.tokens, strict=False):
+        if mine != other:
+            return lead(row, mine, other)
+    return 0.0

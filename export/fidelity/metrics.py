@@ -19,6 +19,12 @@ def kl_divergence(reference: Floats, candidate: Floats) -> npt.NDArray[np.float6
     return np.maximum(divergence, 0)  # a sum of rounding errors may fall below 0, where no divergence lies
 
 
+def lead(logits: Floats, ahead: int, behind: int) -> float:
+    """By how much token `ahead` is more probable than token `behind`, logits [vocab]."""
+    logarithms = _log_softmax(logits[None])[0]
+    return float(np.exp(logarithms[ahead]) - np.exp(logarithms[behind]))
+
+
 def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)

@@ -15,6 +15,7 @@ from sonoedge.export.fidelity.text_scores import TextScore
 from sonoedge.export.scheme import Scheme
 from sonoedge.export.sensitivity import Trace
 
+TOSSUP = 0.05  # the difference of two tokens' probabilities under which a model may as well say either
 SIGNIFICANT_DIGITS = 4  # more would tell of the machine: sums of floats differ in their last digits
 
 
@@ -72,6 +73,9 @@ class Metrics(msgspec.Struct, frozen=True):
     divergence: Divergences
     answers: dict[str, float] | None = None  # share of equal greedy answers: "overall" and by task
     answers_by_language: dict[str, float] | None = None
+    # As `answers`, those counted as equal that part where the float model's lead is under TOSSUP.
+    tossups_aside: dict[str, float] | None = None
+    widest_parting: float | None = None  # the float model's largest lead, in probability, where an answer parts from it
     hints: dict[str, float] | None = None  # share of equal likeliest candidates: "overall" and by hint
     texts: dict[str, Texts] | None = None  # by language
     router: Routing | None = None

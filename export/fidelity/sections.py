@@ -8,7 +8,7 @@ from html import escape
 from sonoedge.export.fidelity import plots
 from sonoedge.export.fidelity.markup import Html, Part, figure, table
 from sonoedge.export.fidelity.metrics import Decibels
-from sonoedge.export.fidelity.result import Fidelity, Metrics, WorstCase
+from sonoedge.export.fidelity.result import TOSSUP, Fidelity, Metrics, WorstCase
 from sonoedge.export.fidelity.text_scores import TextScore
 
 OVERALL = "overall"  # the share over all tasks, languages or hints
@@ -38,6 +38,12 @@ def agreement(fidelity: Fidelity) -> Html:
         _row(fidelity, Part("largest"), lambda m: f"{m.divergence.largest:.3g}"),
         *_shares(fidelity, "greedy answers are equal", lambda m: m.answers),
         *_shares(fidelity, "", lambda m: m.answers_by_language),
+        *_shares(fidelity, f"equal, or parting where float's lead is under {TOSSUP:.0%}", lambda m: m.tossups_aside),
+        _row(
+            fidelity,
+            "float's largest lead where an answer parts",
+            lambda m: None if m.widest_parting is None else _percent(m.widest_parting),
+        ),
         *_shares(fidelity, "hints are equal", lambda m: m.hints),
         _row(fidelity, "tokens go to the same experts", lambda m: m.router and _percent(m.router.overall)),
         _row(fidelity, "image tokens, signal to noise (dB)", lambda m: m.image_sqnr_db and _decibels(m.image_sqnr_db)),

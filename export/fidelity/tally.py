@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 import numpy as np
@@ -15,7 +15,7 @@ from sonoedge.calibration.scores import HintScores
 from sonoedge.export.fidelity.cases import FREE_TEXT
 from sonoedge.export.fidelity.metrics import Floats, SignalToNoise, expert_sets, kl_divergence
 from sonoedge.export.fidelity.probes import Trace
-from sonoedge.export.fidelity.result import CalibrationError, Divergences, Histogram, Metrics, Routing, Texts
+from sonoedge.export.fidelity.result import TOSSUP, CalibrationError, Divergences, Histogram, Metrics, Routing, Texts
 from sonoedge.export.fidelity.text_scores import TOKENIZATION, score_texts
 
 EDGES_NATS = tuple(float(10.0**power) for power in range(-8, 2))
@@ -28,7 +28,8 @@ class Pair(msgspec.Struct, frozen=True):
     language: str
     float_text: str
     variant_text: str
-    truth: str | None
+    truths: tuple[str, ...]
+    parting: float  # the float model's lead where the variant leaves its answer, 0 where it does not
 
 
 class Tally:
@@ -80,11 +81,12 @@ class Tally:
 
     def metrics(self, calibration: Mapping[str, HintCalibration], reasons: Mapping[str, str]) -> Metrics:
         """Everything gathered; `reasons` say why what is missing was not measured, by field."""
-        answers, by_language = self._agreement()
         found = Metrics(
             divergence=self._divergences(),
-            answers=answers,
-            answers_by_language=by_language,
+            answers=self._agreement(lambda pair: pair.task),
+            answers_by_language=self._agreement(lambda pair: pair.language),
+            tossups_aside=self._agreement(lambda pair: pair.task, tossup=TOSSUP),
+            widest_parting=max((pair.parting for pair in self._pairs), default=None),
             hints=_shares(self._hints),
             texts=self._texts(),
             router=self._routing(),
@@ -108,13 +110,11 @@ class Tally:
             histogram=Histogram(EDGES_NATS, tuple(int(count) for count in counts)),
         )
 
-    def _agreement(self) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-        tasks: dict[str, list[bool]] = defaultdict(list)
-        languages: dict[str, list[bool]] = defaultdict(list)
+    def _agreement(self, group: Callable[[Pair], str], tossup: float = 0) -> dict[str, float] | None:
+        groups: dict[str, list[bool]] = defaultdict(list)
         for pair in self._pairs:
-            tasks[pair.task].append(pair.float_text == pair.variant_text)
-            languages[pair.language].append(pair.float_text == pair.variant_text)
-        return _shares(tasks), _shares(languages)
+            groups[group(pair)].append(pair.float_text == pair.variant_text or pair.parting < tossup)
+        return _shares(groups)
 
     def _texts(self) -> dict[str, Texts] | None:
         groups: dict[str, list[Pair]] = defaultdict(list)
@@ -155,18 +155,18 @@ def _shares(groups: Mapping[str, list[bool]]) -> dict[str, float] | None:
 
 def _text_scores(pairs: list[Pair], language: str) -> Texts:
     float_texts, variant_texts = [pair.float_text for pair in pairs], [pair.variant_text for pair in pairs]
-    known = [(pair, pair.truth) for pair in pairs if pair.truth is not None]
+    known = [pair for pair in pairs if pair.truths]
     compared = Texts(
         answers=len(pairs),
         tokenization=TOKENIZATION[language],
-        variant_against_float=score_texts(variant_texts, float_texts, language),
+        variant_against_float=score_texts(variant_texts, [(text,) for text in float_texts], language),
         answers_with_truth=len(known),
     )
     if not known:
         return compared
-    truths = [truth for _, truth in known]
-    before = score_texts([pair.float_text for pair, _ in known], truths, language)
-    after = score_texts([pair.variant_text for pair, _ in known], truths, language)
+    truths = [pair.truths for pair in known]
+    before = score_texts([pair.float_text for pair in known], truths, language)
+    after = score_texts([pair.variant_text for pair in known], truths, language)
     return msgspec.structs.replace(
         compared, float_against_truth=before, variant_against_truth=after, change=after - before
     )

@@ -43,12 +43,19 @@ class _Characters(RougeTokenizer):  # type: ignore[misc]  # the library is untyp
         return tokens
 
 
-def score_texts(texts: Sequence[str], wanted: Sequence[str], language: str) -> TextScore:
-    """Score `texts` against `wanted`, one for each, at least one; `language` is a key of TOKENIZATION."""
+def score_texts(texts: Sequence[str], wanted: Sequence[Sequence[str]], language: str) -> TextScore:
+    """Score at least one text, each against one or more wordings of what it should say, the closest of which counts.
+
+    language: a key of TOKENIZATION.
+    """
     bleu = BLEU(max_ngram_order=1, tokenize=_BLEU_TOKENIZER[language])
     rouge = RougeScorer(["rouge1"], tokenizer=_Characters() if language == "zh" else None)
-    measures = [rouge.score(right, text)["rouge1"].fmeasure for text, right in zip(texts, wanted, strict=True)]
+    measures = [rouge.score_multi(right, text)["rouge1"].fmeasure for text, right in zip(texts, wanted, strict=True)]
+    # sacrebleu takes the first wording of every text, then the second of every text: where there is none, the first.
+    streams = [
+        [right[index] if index < len(right) else right[0] for right in wanted] for index in range(max(map(len, wanted)))
+    ]
     return TextScore(
-        bleu1=float(bleu.corpus_score(list(texts), [list(wanted)]).score),
+        bleu1=float(bleu.corpus_score(list(texts), streams).score),
         rouge1=100 * sum(measures) / len(measures),
     )

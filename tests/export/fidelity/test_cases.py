@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sonoedge.calibration.conversations import write_phantom_conversations
@@ -23,9 +24,11 @@ def test_phantoms_are_asked_everything_in_turn(frames: PhantomPool) -> None:
         closed, free = case.asked
         assert (closed.task, free.task) == ("closed", "report")
         right = {q.question: q for q in closed_questions(truth, case.language)}
-        assert closed.truth == right[closed.text].answer
+        assert closed.truths == (right[closed.text].answer,)
         asked.add((case.language, right[closed.text].name))
-        assert (free.text, free.truth) == report(truth, case.language)
+        assert (free.text, free.truths[0]) == report(truth, case.language)
+        drawn = {report(truth, case.language, np.random.default_rng(seed))[1] for seed in range(30)}
+        assert set(free.truths) == drawn
         for name, index in case.hints.items():
             wanted = getattr(truth_fields(truth), name)
             assert (index is None) == (wanted is None)
@@ -46,4 +49,4 @@ def test_conversations_keep_their_language_pictures_and_truth(tmp_path: Path, la
     assert [image.shape for image in case.images] == [(96, 96, 3)]
     assert case.hints == {}
     assert {asked.task for asked in case.asked} == {"conversation"}
-    assert all("<image>" not in asked.text and asked.truth for asked in case.asked)
+    assert all("<image>" not in asked.text and asked.truths for asked in case.asked)

@@ -50,8 +50,15 @@ def test_logits_and_layers_are_compared_and_the_rest_is_named(recorded: list[Giv
     assert found.metrics.router.overall < 1
     assert found.metrics.hidden_sqnr_db is not None
     assert set(found.metrics.not_measured) == {
-        "answers", "answers_by_language", "hints", "texts", "image_sqnr_db", "calibration_error",
-    }  # fmt: skip
+        "answers",
+        "answers_by_language",
+        "tossups_aside",
+        "widest_parting",
+        "hints",
+        "texts",
+        "image_sqnr_db",
+        "calibration_error",
+    }
     assert "does not fit in memory" in found.metrics.not_measured["answers"]
     assert {case.name for case in found.worst} == {"frame 0", "frame 1"}
     assert found.worst[0].largest_kl == found.metrics.divergence.largest

@@ -11,7 +11,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.fidelity.answers import Asker
 from sonoedge.export.fidelity.cases import PhantomCases
 from sonoedge.export.fidelity.measure import Variant, measure
-from sonoedge.export.fidelity.result import Fidelity, report_json
+from sonoedge.export.fidelity.result import TOSSUP, Fidelity, report_json
 from sonoedge.export.torch_session import TorchSession
 from sonoedge.runtime.hints import load_schema
 from sonoedge.runtime.prompt import question_ids
@@ -27,6 +27,8 @@ def test_a_model_agrees_with_itself(compared: Fidelity) -> None:
     assert metrics.divergence.largest < 1e-9
     assert metrics.divergence.top1 == 1
     assert metrics.answers == {"overall": 1, "closed": 1, "report": 1}
+    assert metrics.tossups_aside == metrics.answers
+    assert metrics.widest_parting == 0
     assert metrics.answers_by_language == {"overall": 1, "en": 1, "zh": 1}
     assert metrics.hints is not None
     assert set(metrics.hints.values()) == {1}
@@ -52,6 +54,11 @@ def test_damage_shows_in_every_measure_and_more_damage_shows_more(compared: Fide
     assert much.divergence.top1 < 1
     assert much.answers is not None
     assert much.answers["overall"] < 1
+    assert much.tossups_aside is not None
+    assert much.answers["overall"] <= much.tossups_aside["overall"] <= 1
+    assert much.widest_parting is not None
+    assert 0 < much.widest_parting <= 1
+    assert (much.tossups_aside["overall"] == 1) == (much.widest_parting < TOSSUP)
     assert little.router is not None
     assert much.router is not None
     assert much.router.overall < little.router.overall < 1

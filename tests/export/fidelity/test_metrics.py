@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sonoedge.export.fidelity.metrics import SignalToNoise, expert_sets, kl_divergence
+from sonoedge.export.fidelity.metrics import SignalToNoise, expert_sets, kl_divergence, lead
 
 
 def logits_of(*rows: list[float]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
@@ -73,3 +73,7 @@ def test_the_order_within_a_set_does_not_matter() -> None:
     one, other = np.array([[3.0, 2.0, 1.0]], np.float32), np.array([[2.0, 3.0, 1.0]], np.float32)
     assert (expert_sets(one, 2) == expert_sets(other, 2)).all()
     assert not (expert_sets(one, 1) == expert_sets(other, 1)).all()
+
+
+def test_a_lead_is_a_difference_of_probabilities() -> None:
+    assert lead(logits_of([0.5, 0.2, 0.3])[0] + 7, 0, 2) == pytest.approx(0.2)
