@@ -19,10 +19,9 @@ def search(fidelity: Fidelity) -> Html:
     trace = fidelity.search
     if trace is None:
         return Html("")
-    alone = [(block, found.kl, f"{found.kl:.2g}") for block, found in trace.alone.items()]
-    drawn: str = figure(
-        "KL with one block quantized alone, nats", plots.bars(alone, "KL with one block quantized alone")
-    )
+    alone = sorted(((block, found.kl) for block, found in trace.alone.items()), key=lambda item: -item[1])[:SHOWN]
+    caption = f"KL with one block quantized alone, nats; the {len(alone)} worst of {len(trace.alone)} blocks"
+    drawn: str = figure(caption, plots.bars([(block, kl, f"{kl:.2g}") for block, kl in alone], caption))
     if trace.moves:
         walked = [("start", trace.start.kl), *((move.block, move.after.kl) for move in trace.moves)]
         caption = "KL of the whole plan after every move, nats"

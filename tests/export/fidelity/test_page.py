@@ -1,17 +1,14 @@
 """The page: whole HTML, nothing from elsewhere, and no word of a model that could be markup."""
 
 from html.parser import HTMLParser
-from pathlib import Path
 
 import msgspec
 import numpy as np
-import pytest
 
 from sonoedge.calibration.table import RoutingRow
 from sonoedge.export.divergence import Divergence
 from sonoedge.export.fidelity.cases import Case
 from sonoedge.export.fidelity.page import report_html
-from sonoedge.export.fidelity.report import write
 from sonoedge.export.fidelity.result import (
     CalibrationError,
     Divergences,
@@ -148,11 +145,20 @@ def test_a_report_of_logits_alone_makes_a_page() -> None:
     assert "Every floor of the recipe is held." in report_html(held)
 
 
-@pytest.mark.parametrize("words", ["plain", "病灶"])
-def test_the_files_are_the_same_for_the_same_report(tmp_path: Path, words: str) -> None:
-    written = []
-    for name in ("one", "other"):
-        write(full_report(words), tmp_path / f"{name}.json", tmp_path / f"{name}.html", Pictures())
-        written.append(((tmp_path / f"{name}.json").read_bytes(), (tmp_path / f"{name}.html").read_bytes()))
-    assert written[0] == written[1]
-    assert words in written[0][1].decode()
+def test_the_same_report_gives_the_same_page_in_any_language() -> None:
+    page = report_html(full_report("病灶"), Pictures())
+    assert page == report_html(full_report("病灶"), Pictures())
+    assert "病灶" in page
+
+
+def test_a_long_search_shows_its_worst_blocks() -> None:
+    trace = full_report("plain").search
+    assert trace is not None
+    alone = {f"block {index}": Divergence(index / 100, 1, 1) for index in range(99)}
+    page = report_html(
+        msgspec.structs.replace(full_report("plain"), search=msgspec.structs.replace(trace, alone=alone))
+    )
+    shown = "".join(read(page).text)
+    assert "the 40 worst of 99 blocks" in shown
+    assert "block 98" in shown
+    assert "block 58" not in shown
