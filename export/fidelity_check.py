@@ -13,8 +13,8 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.bundle_graphs import DECODER
 from sonoedge.export.fake_quant import fake_quantized
 from sonoedge.export.fidelity.cases import Cases
-from sonoedge.export.fidelity.page import report_html
 from sonoedge.export.fidelity.measure import Variant, measure
+from sonoedge.export.fidelity.page import report_html
 from sonoedge.export.fidelity.probes import OrtProbe
 from sonoedge.export.fidelity.result import Fidelity, missed, report_json
 from sonoedge.export.models.loading import load_checkpoint

@@ -27,7 +27,7 @@ def made(**changes: Any) -> Fidelity:
     score = TextScore(60.0, 70.0)
     change = TextScore(-0.4, -0.6)
     texts = {"en": Texts(5, "words", score, 5, score, score, change)}
-    metrics = Metrics(divergence, answers={"overall": 0.982}, texts=texts, router=Routing(0.97, (0.96, 0.98)))
+    metrics = Metrics(divergence, tossups_aside={"overall": 0.982}, texts=texts, router=Routing(0.97, (0.96, 0.98)))
     metrics = msgspec.structs.replace(metrics, **changes)
     return Fidelity(500, 1000, "int8", {"int8": metrics, "cache": Metrics(divergence)}, ())
 
@@ -48,7 +48,7 @@ def test_every_floor_that_is_missed_is_named_with_both_numbers() -> None:
     }
     assert missed(made(), floors(**asked)) == (
         "most likely tokens agree 99.100 %, floor 99.5 % (least_top1)",
-        "answers agree 98.200 %, floor 99 % (least_answers)",
+        "answers agree, toss-ups aside, 98.200 %, floor 99 % (least_answers)",
         "expert sets agree 97.000 %, floor 98 % (least_router)",
         "mean KL is 0.002 nats, at most 0.001 (largest_kl)",
         "BLEU-1 in en drops 0.4 points, at most 0.3 (largest_bleu1_drop)",
@@ -64,8 +64,8 @@ def test_floors_that_are_just_met_and_floors_nobody_asked_for_are_held() -> None
 
 
 def test_what_was_not_measured_misses_its_floor() -> None:
-    reasons = {"answers": "no answers", "router": "no probe", "texts": "no texts"}
-    unmeasured = made(answers=None, router=None, texts=None, not_measured=reasons)
+    reasons = {"tossups_aside": "no answers", "router": "no probe", "texts": "no texts"}
+    unmeasured = made(tossups_aside=None, router=None, texts=None, not_measured=reasons)
     found = missed(unmeasured, floors(least_answers=0.9, least_router=0.9, largest_bleu1_drop=1))
     assert found == (
         "least_answers = 0.9 cannot be checked, not measured: no answers",
