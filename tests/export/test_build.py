@@ -113,9 +113,11 @@ def test_all_graphs_share_their_weights_and_are_valid(tiny: Any) -> None:
             onnx.checker.check_model(str(path))
     held_files = [name for name in bundle.manifest.files if name.startswith("graphs/") and not name.endswith(".onnx")]
     assert held_files == [WEIGHTS]
-    for stage in ("vision", "decoder", "decode"):
-        assert bundle.manifest.stages[stage].bytes is not None
-    assert bundle.manifest.stages["decode"].bytes < bundle.manifest.stages["decoder"].bytes
+    vision, decoder, decode = (bundle.manifest.stages[stage].bytes for stage in ("vision", "decoder", "decode"))
+    assert vision is not None
+    assert decoder is not None
+    assert decode is not None
+    assert 0 < decode < decoder
     assert not any(path.name.endswith(("journal", "lock")) for path in tiny.bundle.rglob("*"))
 
 
@@ -220,6 +222,66 @@ def test_an_existing_folder_is_left_alone(tiny: Any, tmp_path: Path, sonoedge: A
     assert ran.status == 2
     assert "bundle exists: remove it" in ran.err
     assert (tmp_path / "bundle" / "mine").read_text() == "kept"
+
+
+TOO_LARGE: dict[str, dict[str, dict[str, Any]]] = {
+    "search": {"search": {"frames": 1}, "fidelity": {"first_frame_seed": 1, "frames": 1, "least_top1": 0.5}},
+    "qat": {
+        "qat": {
+            "seed": 1, "first_frame_seed": 1, "frames": 1, "steps": 1, "batch": 1, "learning_rate": 1e-3,
+            "warmup_steps": 0, "temperature": 1.0,
+        }
+    },
+    "fidelity": {"fidelity": {"first_frame_seed": 1, "frames": 1, "least_top1": 0.5}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("section", TOO_LARGE)
+def test_what_needs_the_whole_model_is_refused_where_it_does_not_fit(
+    tiny_checkpoint: Path, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    sonoedge: Any, section: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(build._Job, "fits", property(lambda _job: False))
+    recipe = write_recipe(tmp_path / "r.toml", **(WEIGHT_ONLY | TOO_LARGE[section]))
+    ran = build_weight_only(sonoedge, tiny_checkpoint, recipe, tmp_path / "new" / "bundle")
+    assert ran.status == 2
+    # A search has floors, which need the whole model as well and are refused first.
+    assert f"[{'fidelity' if section == 'search' else section}] " in ran.err
+    assert "on a larger machine" in ran.err
+    assert left_in(tmp_path) == ["r.toml"]
+
+
+def test_a_model_that_does_not_fit_is_built_without_running_it(
+    tiny_checkpoint: Path, quick: None, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sonoedge: Any
+) -> None:
+    """Calibrated block by block; no session is opened, so there is no measured error and no calibrated hint."""
+    monkeypatch.setattr(build._Job, "fits", property(lambda _job: False))
+    monkeypatch.setattr(build, "OrtSession", lambda *_, **__: pytest.fail("the graphs were loaded"))
+    ran = build_weight_only(sonoedge, tiny_checkpoint, few, tmp_path / "bundle")
+    assert ran.status == 0, ran.err
+    report = msgspec.json.decode(ran.last_line)
+    assert report["golden_error"] is None
+    assert report["golden_bound"] == 0.6
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert manifest.hint_calibration == {}
+    assert len([name for name in manifest.files if name.startswith("golden/")]) == 2
+
+
+def test_too_few_calibration_frames_are_told(
+    tiny_checkpoint: Path, write_recipe: Callable[..., Path], tmp_path: Path, sonoedge: Any
+) -> None:
+    turns = [{"from": "human", "value": "<image>Which region is shown?"}, {"from": "gpt", "value": "liver"}]
+    cv2.imwrite(str(tmp_path / "0.png"), np.zeros((60, 90, 3), np.uint8))
+    cases = [{"id": number, "image": ["0.png"], "conversations": turns} for number in range(3)]
+    (tmp_path / "cases.json").write_bytes(msgspec.json.encode(cases))
+    recipe = write_recipe(tmp_path / "r.toml", calibration={"frames": 9})
+    ran = sonoedge(
+        "build", tiny_checkpoint, "--profile", "cpu-x86-64", "--recipe", recipe,
+        "--calibration", tmp_path / "cases.json", "--out", tmp_path / "new" / "bundle",
+    )  # fmt: skip
+    assert ran.status == 2
+    assert "calibration.frames = 9 and the data holds 3: give more data, or ask for fewer frames" in ran.err
+    assert left_in(tmp_path) == ["0.png", "cases.json", "r.toml"]
 
 
 LATE_REFUSALS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def graph_of(inputs: list[ir.Value], nodes: list[ir.Node], held: list[ir.Value] 
     )
 
 
-def mark(op_type: str, name: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: int) -> ir.Node:
+def mark(op_type: str, name: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: int) -> ir.Node:
     node = ir.node(op_type, inputs, attributes={"name": name, **attributes}, domain=DOMAIN, num_outputs=outputs)
     for index, output in enumerate(node.outputs):
         output.name, output.type, output.shape = f"{name}.out{index}", FLOAT, ir.Shape([1, "n", 8])
@@ -195,7 +195,9 @@ def test_portable_attention_is_standard_and_grows_the_cache(cache: CacheScheme) 
     run_passes(model, [AttendStandard(plan, 4)])
     assert {node.domain for node in model.graph} == {""}
     assert [x.name for x in model.graph.inputs][-2:] == ["past_value_0", "attention_bias"]
-    shapes = {x.name: [str(size) for size in x.shape or ()] for x in model.graph.inputs if x.name.startswith("past")}
+    shapes = {
+        x.name: [str(size) for size in x.shape or ()] for x in model.graph.inputs if str(x.name).startswith("past")
+    }
     assert shapes == {f"past_{part}_0": ["1", "2", "past", "4"] for part in ("key", "value")}
     assert all([str(size) for size in x.shape or ()] == ["1", "2", "total", "4"] for x in model.graph.outputs[1:])
     counted = kinds(model).count("QuantizeLinear"), kinds(model).count("DequantizeLinear")

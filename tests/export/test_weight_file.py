@@ -101,10 +101,12 @@ def test_chunks_of_any_size_give_what_whole_matrices_give(
 ) -> None:
     monkeypatch.setattr(weight_file, "CHUNK_VALUES", values)
     sizes: list[int] = []
-    quantize = weight_file.quantize_weight
-    monkeypatch.setattr(
-        weight_file, "quantize_weight", lambda rows, block: sizes.append(rows.size) or quantize(rows, block)
-    )
+
+    def noted(rows: npt.NDArray[np.float32], block: int | None) -> Any:
+        sizes.append(rows.size)
+        return quantize_weight(rows, block)
+
+    monkeypatch.setattr(weight_file, "quantize_weight", noted)
     assert write(tmp_path / "w", layout, checkpoint) == 0
     check(tmp_path / "w", layout, load_file(checkpoint / "model.safetensors"))
     widest = max(unit.values.shape[-1] for unit in layout.units if unit.scale is not None)
