@@ -183,8 +183,9 @@ def _identity(job: _Job) -> str:
     """Hash of all that a build depends on."""
     files = sorted({header.file for header in job.headers.values()})
     config = (job.checkpoint / "config.json").read_text()
-    profile = msgspec.json.encode(job.device, order="sorted").decode()
-    return _hash(__version__, job.recipe.sha256, profile, config, job.data.identity, *map(_stamp, files))
+    tokens = (job.checkpoint / TOKENIZER_FILE).read_text(encoding="utf-8")
+    asked = msgspec.json.encode((job.device, job.spec), order="sorted").decode()
+    return _hash(__version__, job.recipe.sha256, asked, config, tokens, job.data.identity, *map(_stamp, files))
 
 
 def _stamp(path: Path) -> str:

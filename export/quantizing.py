@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -23,14 +24,14 @@ from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import load_checkpoint, open_checkpoint, save_checkpoint
 from sonoedge.export.qat import tune
 from sonoedge.export.quantize import make_plan, quantized_share
-from sonoedge.export.recipe import Recipe
+from sonoedge.export.recipe import Qat, Recipe
 from sonoedge.export.scheme import WIDER, CacheScheme, QuantizationPlan, Scheme
 from sonoedge.export.sensitivity import Floor, Trace, blocks_of, search, weight_bytes_of
 from sonoedge.progress import track
 from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.tokens import Tokenizer
 
-TABLE, FACTORS, TUNED = "calibration.json", "smoothing.safetensors", "tuned"
+TABLE, FACTORS, TUNED, TUNING = "calibration.json", "smoothing.safetensors", "tuned", "tuning.json"
 SIDES = {"row": "row_factors", "column": "column_factors"}
 
 
@@ -112,10 +113,8 @@ def quantize(
         )
     tuning = None
     if recipe.qat is not None and (trace is None or not trace.met):  # a plan that holds its floor has nothing to gain
-        tuned = tune(model, corpus, tokenizer, spec, plan, recipe.qat, context=context)
-        tuning = Tuning(tuned.before, tuned.after, tuned.helped)
-        if tuned.helped:
-            save_checkpoint(tuned.model, work / TUNED)
+        tuning = _tuned(model, corpus, tokenizer, spec, plan, recipe.qat, context, work)
+        if tuning.helped:
             return Quantized(work / TUNED, plan, table, Smoothing.none(), trace, tuning)
     if trace is not None and not trace.met and tuning is None:
         raise SonoEdgeError(
@@ -123,6 +122,29 @@ def quantize(
             "search.memory_budget_bytes, lower the floor in [fidelity], or add [qat]"
         )
     return Quantized(checkpoint, plan, table, smoothing, trace, tuning)
+
+
+def _tuned(
+    model: EchoVLM,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    spec: ImageSpec,
+    plan: QuantizationPlan,
+    settings: Qat,
+    context: int,
+    work: Path,
+) -> Tuning:
+    """Tune the model, or find that a halted build did; where it helped, the tuned checkpoint is in `work`."""
+    noted = work / TUNING
+    if noted.exists():  # written last, so the checkpoint is whole
+        return msgspec.json.decode(noted.read_bytes(), type=Tuning)
+    found = tune(model, corpus, tokenizer, spec, plan, settings, context=context)
+    tuning = Tuning(found.before, found.after, found.helped)
+    if found.helped:
+        shutil.rmtree(work / TUNED, ignore_errors=True)
+        save_checkpoint(found.model, work / TUNED)
+    noted.write_bytes(msgspec.json.encode(tuning))
+    return tuning
 
 
 def legal_schemes(device: Profile) -> tuple[Scheme, ...]:

@@ -101,11 +101,9 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Qat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A short quantization-aware pass of the checkpoint against itself in float."""
+    """A short quantization-aware pass of the checkpoint against itself in float, on the samples of calibration."""
 
     seed: Seed
-    first_frame_seed: Seed
-    frames: Count
     steps: Count
     batch: Count
     learning_rate: Positive

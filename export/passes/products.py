@@ -70,14 +70,6 @@ class Inputs:
             self._made[key] = value, value
         return self._made[key][0]
 
-    def quantized(self, emit: Emitter, x: ir.Value, scale: ir.Value) -> ir.Value:
-        """x in int8 with one fixed scale."""
-        key = (id(x), id(scale))
-        if key not in self._made:
-            int8 = emit("QuantizeLinear", x, scale, emit.constant(np.array(0, np.int8)))
-            self._made[key] = int8, scale
-        return self._made[key][0]
-
     def dynamic(self, emit: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         """x [tokens, in] in int8 (as uint8 around 128) with a scale for each token, and the scales [tokens, 1]."""
         key = (id(x), None)
@@ -125,8 +117,10 @@ def product(
         wide = emit("DequantizeLinear", weights.values, weights.scale, weights.zero, axis=0)
     if scheme is Scheme.W8A8:
         assert scale is not None  # the plan has one for every product of this scheme
-        int8 = inputs.quantized(emit, x, scale)
-        x = emit("DequantizeLinear", int8, scale, emit.constant(np.array(0, np.int8)))
+        # Every product rounds its input itself: ONNX Runtime's precise mode fuses no product whose QuantizeLinear is
+        # read by another one as well.
+        zero = emit.constant(np.array(0, np.int8))
+        x = emit("DequantizeLinear", emit("QuantizeLinear", x, scale, zero), scale, zero)
     return emit("Gemm", x, wide, transB=1)
 
 

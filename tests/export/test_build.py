@@ -228,7 +228,7 @@ TOO_LARGE: dict[str, dict[str, dict[str, Any]]] = {
     "search": {"search": {"frames": 1}, "fidelity": {"first_frame_seed": 1, "frames": 1, "least_top1": 0.5}},
     "qat": {
         "qat": {
-            "seed": 1, "first_frame_seed": 1, "frames": 1, "steps": 1, "batch": 1, "learning_rate": 1e-3,
+            "seed": 1, "steps": 1, "batch": 1, "learning_rate": 1e-3,
             "warmup_steps": 0, "temperature": 1.0,
         }
     },

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 import pytest
 from safetensors.numpy import load_file
 
@@ -301,6 +302,26 @@ def test_many_rows_are_symmetric_int8_between_q_and_dq(
     assert domains == ({"com.microsoft"} if purpose is Purpose.ROWS and name == "decoder" else set())
     if purpose is Purpose.PORTABLE:
         onnx.checker.check_model(str(graphs.path(name, purpose)))
+
+
+@pytest.mark.parametrize("name", ["vision", "decoder"])
+def test_onnx_runtime_computes_every_int8_product_in_int8(
+    compiled: Callable[[Scheme], Any], names: tuple[str, ...], name: str, tmp_path: Path
+) -> None:
+    """A pair of Q and DQ that the runtime cannot fuse would be computed in float, slower than float itself."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as sessions do
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    path = compiled(Scheme.W8A8).path(name, Purpose.ROWS)
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    counted = Counter(
+        node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    )
+    mine = [each for each in names if each.startswith("visual.") == (name == "vision")]
+    mixtures = [each for each in mine if each.endswith(".experts")]
+    assert counted["QGemm"] == len(mine) - len(mixtures) + 8 * len(mixtures)
+    assert counted["Gemm"] == counted["DequantizeLinear"] == 0
 
 
 @pytest.mark.parametrize("scheme", Scheme)

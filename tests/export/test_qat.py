@@ -31,9 +31,7 @@ from sonoedge.runtime.tokens import Tokenizer
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHECKPOINT = Path(__file__).parents[2] / "export" / "demo_checkpoint"
 SPEC = ImageSpec(max_pixels=84 * 84)
-SETTINGS = Qat(
-    seed=3, first_frame_seed=0, frames=1, steps=4, batch=2, learning_rate=3e-3, warmup_steps=2, temperature=1.0
-)
+SETTINGS = Qat(seed=3, steps=4, batch=2, learning_rate=3e-3, warmup_steps=2, temperature=1.0)
 
 
 def plan_of(model: EchoVLM, threshold: float) -> QuantizationPlan:
@@ -96,9 +94,7 @@ def test_a_trained_model_gets_its_answers_back() -> None:
     plan = QuantizationPlan(dict.fromkeys([*linears, *mixtures, "lm_head"], Scheme.W8A8), cut)
     with fake_quantized(model, plan):
         before = reference.compare(model)
-    settings = Qat(
-        seed=3, first_frame_seed=0, frames=1, steps=12, batch=2, learning_rate=2e-4, warmup_steps=2, temperature=1.0
-    )
+    settings = Qat(seed=3, steps=12, batch=2, learning_rate=2e-4, warmup_steps=2, temperature=1.0)
     result = tune(model, corpus, tokenizer, spec, plan, settings, context=640)
     with fake_quantized(result.model, plan):
         after = reference.compare(result.model)

@@ -31,7 +31,7 @@ from sonoedge.runtime.tokens import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QAT: dict[str, Any] = {
-    "seed": 1, "first_frame_seed": 1, "frames": 4, "steps": 2, "batch": 2, "learning_rate": 1e-4, "warmup_steps": 0,
+    "seed": 1, "steps": 2, "batch": 2, "learning_rate": 1e-4, "warmup_steps": 0,
     "temperature": 1.0,
 }  # fmt: skip
 Decide = Callable[..., Quantized]
