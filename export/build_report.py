@@ -49,8 +49,8 @@ def report(out: Path, built: Built, as_json: bool) -> None:
     )
     print(f"{built.quantized_share:.0%} of the products in int8; {off}")
     if built.fidelity_missed is not None:
-        told = "; ".join(built.fidelity_missed) if built.fidelity_missed else "all floors held"
-        print(f"fidelity: {told}; see {out / 'reports' / 'fidelity.html'}")
+        held = "; ".join(built.fidelity_missed) if built.fidelity_missed else "all floors held"
+        print(f"fidelity: {held}; see {out / 'reports' / 'fidelity.html'}")
     for hint, calibration in manifest.hint_calibration.items():
         print(
             f"  {hint}: temperature {calibration.temperature:.2f}, silent below {calibration.abstain_below:.2f}, "

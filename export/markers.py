@@ -139,7 +139,8 @@ def marked(model: EchoVLM) -> EchoVLM:
             _replace(twin, name, MarkedPatchEmbed(f"{name}.proj", module.proj))
         elif isinstance(module, RMSNorm):
             _replace(twin, name, MarkedRMSNorm(name, module))
-    twin.model.embed_tokens = MarkedEmbedding("model.embed_tokens", twin.model.embed_tokens.weight)
+    embeddings = MarkedEmbedding("model.embed_tokens", twin.model.embed_tokens.weight)
+    _replace(twin, "model.embed_tokens", embeddings)
     for name, module in list(twin.named_modules()):
         clean = name.replace(".moe.moe.", ".moe.")
         if is_product(clean, module):

@@ -35,7 +35,7 @@ THREADS = 2
 HASH_BYTES = 2**22
 
 Rows = npt.NDArray[np.float32]
-_Chunk = tuple[npt.NDArray[np.generic], Rows | None]  # values and scales
+_Chunk = tuple[Rows | npt.NDArray[np.int8], Rows | None]  # values and scales
 
 
 class CheckpointRows:
@@ -137,7 +137,7 @@ def _write_unit(
 
     def put_oldest() -> None:
         values, scale = waiting.popleft().result()
-        data = memoryview(np.ascontiguousarray(values)).cast("B")
+        data = np.ascontiguousarray(values).data.cast("B")
         file.write(data)
         digest.update(data)
         if scale is not None:

@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from sonoedge.export.passes.base import Pass, PassError, marks, name_of, none_left
-from sonoedge.export.passes.emitter import CONTRIB, Emitter, replace
+from sonoedge.export.passes.emitter import CONTRIB, Attribute, Emitter, replace
 from sonoedge.export.scheme import CacheScheme, QuantizationPlan
 
-INT8_CACHE = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
+INT8_CACHE: dict[str, Attribute] = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
 
 
 class AttendInPlace(Pass):
@@ -28,7 +28,7 @@ class AttendInPlace(Pass):
             q, k, v, past_key, past_value, last_token, total_tokens, bias = node.inputs
             emit = Emitter(name)
             scales: list[ir.Value | None] = []
-            attributes: dict[str, int | str] = {
+            attributes: dict[str, Attribute] = {
                 key: node.attributes[key].as_int() for key in ("num_heads", "kv_num_heads")
             }
             if self._plan.cache is CacheScheme.INT8:

@@ -25,7 +25,7 @@ class LowerEmbeddings(Pass):
             if scheme is Scheme.FLOAT:
                 embedded = emit("Gather", weight, ids)
             else:
-                key, shape = str(weight.name), [int(size) for size in weight.shape or ()]
+                key, shape = str(weight.name), list(weight.shape.numpy()) if weight.shape is not None else []
                 rows = initializer(model.graph, int8_name(key, scheme), ir.DataType.INT8, shape)
                 scales = initializer(model.graph, scale_name(key, scheme), ir.DataType.FLOAT, shape[:1])
                 picked = emit("Cast", emit("Gather", rows, ids), to=int(ir.DataType.FLOAT))

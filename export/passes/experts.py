@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from sonoedge.export.graphs import OPSET
 from sonoedge.export.markers import DOMAIN
-from sonoedge.export.passes.emitter import CONTRIB, Emitter
+from sonoedge.export.passes.emitter import CONTRIB, Attribute, Emitter
 from sonoedge.export.passes.products import OFFSET, Inputs, Purpose, Weights, needs_zero, product
 from sonoedge.export.scheme import BLOCK, Scheme
 
@@ -101,7 +101,7 @@ def qmoe(
         ready += [values, scale]
     unused = [None] * 7  # biases, a third product, zero points
     inputs = [x, weights, ready[0], ready[1], None, ready[2], ready[3], *unused, weights]
-    attributes = {
+    attributes: dict[str, Attribute] = {
         "k": shape.chosen,
         "expert_weight_bits": 8,
         "block_size": block,

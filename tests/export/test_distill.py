@@ -49,18 +49,19 @@ def test_losses_go_down(
 ) -> None:
     """Each by itself: what a random teacher says contradicts the answers."""
     recipe = load_recipe(tiny_recipe)
+    shape, settings = distill.sections(recipe)
     answer_weight, logits_weight = weights
-    changed = msgspec.structs.replace(recipe.distill, answer_weight=answer_weight, logits_weight=logits_weight)
+    changed = msgspec.structs.replace(settings, answer_weight=answer_weight, logits_weight=logits_weight)
     recipe = msgspec.structs.replace(recipe, distill=changed)
     corpus = PhantomCorpus(frames, SPEC)
     held_out = Batches(corpus, tiny_tokenizer, SPEC, size=8, seed=99, context=recipe.limits.context).batch(0)
 
     def losses(student: EchoVLM) -> dict[str, float]:
         with torch.no_grad():
-            found = _losses(student, tiny_model, held_out, recipe.distill, vision_only=False)
+            found = _losses(student, tiny_model, held_out, changed, vision_only=False)
         return {name: float(loss) for name, (_, loss) in found.items()}
 
-    before = losses(cut_student(tiny_model, recipe.student))
+    before = losses(cut_student(tiny_model, shape))
     after = losses(distil(tiny_model, tiny_tokenizer, corpus, SPEC, recipe))
     print(before, after)
     assert set(before) >= {"answers", "logits", "embeds", "balance"}
@@ -71,11 +72,11 @@ def test_losses_go_down(
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(
     tiny_model: EchoVLM, tiny_tokenizer: Tokenizer, frames: PhantomPool, tiny_recipe: Path
 ) -> None:
-    recipe = load_recipe(tiny_recipe)
+    _, settings = distill.sections(load_recipe(tiny_recipe))
     batch = Batches(PhantomCorpus(frames, SPEC), tiny_tokenizer, SPEC, size=4, seed=1, context=640).batch(0)
     with torch.no_grad():
-        found = _losses(tiny_model, tiny_model, batch, recipe.distill, vision_only=False)
-        seen = _losses(tiny_model, tiny_model, batch, recipe.distill, vision_only=True)
+        found = _losses(tiny_model, tiny_model, batch, settings, vision_only=False)
+        seen = _losses(tiny_model, tiny_model, batch, settings, vision_only=True)
     assert abs(float(found["logits"][1])) < 1e-5
     assert float(found["embeds"][1]) == 0
     assert set(seen) == {"embeds"}
@@ -149,7 +150,7 @@ def test_conversations_with_images_of_any_size_and_number(
         "distill", tiny_checkpoint, "--recipe", recipe, "--data", cases(tmp_path), "--out", tmp_path / "out", "--json"
     )
     assert ran.status == 0, ran.err
-    cut = cut_student(load_checkpoint(tiny_checkpoint), load_recipe(recipe).student)
+    cut = cut_student(load_checkpoint(tiny_checkpoint), distill.sections(load_recipe(recipe))[0])
     trained = load_checkpoint(tmp_path / "out")
     assert trained.config == cut.config
     moved = {
