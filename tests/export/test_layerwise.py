@@ -67,7 +67,8 @@ def batches(tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, corpus: PhantomCor
     """The very batches that calibration runs."""
     spec = image_spec(tiny_checkpoint)
     made = Batches(corpus, tiny_tokenizer, spec, size=1, seed=0, context=CONTEXT)
-    samples = [corpus.sample(index, np.random.default_rng(index)) for index in range(FRAMES)]
+    spread = [index * len(corpus) // FRAMES for index in range(FRAMES)]  # as calibration takes them
+    samples = [corpus.sample(place, np.random.default_rng(index)) for index, place in enumerate(spread)]
     return [made.collate(tuple(image.grid for image in sample.images), [sample]) for sample in samples]
 
 
