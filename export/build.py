@@ -176,7 +176,7 @@ def _assemble(
         hint_calibration=trust.hints,
         familiarity=trust.familiarity,
     )
-    return Built(writer.commit(contents), made.quantized_share, golden.error, trust.errors, kept, faults)
+    return Built(writer.commit(contents), made.quantized_share, golden.error, trust.errors, kept, faults, made.tuning)
 
 
 def _identity(job: _Job) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from sonoedge.bundle import Manifest
+from sonoedge.export.quantizing import Tuning
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -18,6 +19,7 @@ class Built(msgspec.Struct, frozen=True):
     calibration_error: dict[str, float]
     tensors_kept: int  # taken over from a halted build
     fidelity_missed: tuple[str, ...] | None = None  # floors; None: not measured, or the recipe has none
+    tuning: Tuning | None = None  # None: the recipe asks for none, or the search held its floor
 
 
 def report(out: Path, built: Built, as_json: bool) -> None:
@@ -35,6 +37,7 @@ def report(out: Path, built: Built, as_json: bool) -> None:
             "calibration_error": built.calibration_error,
             "tensors_kept": built.tensors_kept,
             "fidelity_missed": built.fidelity_missed,
+            "tuning": built.tuning,
         }
         print(msgspec.json.encode(told).decode())
         return
@@ -48,6 +51,9 @@ def report(out: Path, built: Built, as_json: bool) -> None:
         else f"logits differ from the float model's by {error:.1%}"
     )
     print(f"{built.quantized_share:.0%} of the products in int8; {off}")
+    if built.tuning is not None:
+        kept = "kept" if built.tuning.helped else "not kept"
+        print(f"tuning: KL to float {built.tuning.before.kl:.3g}, after it {built.tuning.after.kl:.3g}, {kept}")
     if built.fidelity_missed is not None:
         held = "; ".join(built.fidelity_missed) if built.fidelity_missed else "all floors held"
         print(f"fidelity: {held}; see {out / 'reports' / 'fidelity.html'}")
