@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from sonoedge.errors import SonoEdgeError
+from sonoedge.errors import DISK_FULL, SonoEdgeError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 KEPT = "what is finished is kept, run the same command again to go on"
 
 

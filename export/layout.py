@@ -6,6 +6,7 @@ they can be written in row chunks; experts of a layer stand side by side, so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -33,10 +34,7 @@ class Stored(msgspec.Struct, frozen=True):
     @property
     def length(self) -> int:
         """Bytes."""
-        count = BYTES[self.dtype]
-        for size in self.shape:
-            count *= size
-        return count
+        return BYTES[self.dtype] * math.prod(self.shape)
 
 
 class Unit(msgspec.Struct, frozen=True):
@@ -107,7 +105,7 @@ class _Planner:
     def matrix(self, key: str, scheme: Scheme) -> None:
         """A parameter: int8 rows with scales, or float32 as it is (convolutions as the matrix they stand for)."""
         shape = self.shapes[key]
-        rows, columns = shape[0], _product(shape[1:])
+        rows, columns = shape[0], math.prod(shape[1:])
         if scheme is Scheme.FLOAT:
             if float_name(key) not in self.tensors:
                 flat = (rows,) if len(shape) == 1 else (rows, columns)
@@ -186,10 +184,3 @@ def product_key(name: str, config: ModelConfig) -> str:
 def scale_shape(rows: int, columns: int, block: int | None) -> tuple[int, ...]:
     """[rows], or [rows, blocks]."""
     return (rows,) if block is None else (rows, -(-columns // block))
-
-
-def _product(sizes: Iterable[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from sonoedge.errors import SonoEdgeError
+from sonoedge.errors import DISK_FULL, SonoEdgeError
 from sonoedge.export.byte_tokenizer import write_byte_tokenizer
 from sonoedge.export.checkpoint_files import RANDOM_KEY
 from sonoedge.export.models.config import ModelConfig
-from sonoedge.export.models.config_json import config_tree, read_config
+from sonoedge.export.models.config_json import read_config
 from sonoedge.export.models.loading import empty_model
-from sonoedge.export.models.saving import DTYPE_NAMES, PREPROCESSOR
+from sonoedge.export.models.saving import write_config_files
 from sonoedge.export.random_weights import DTYPES, RandomWeights
 from sonoedge.export.safetensors_writer import TensorSpec, write_weights
 from sonoedge.progress import track
 
 CONFIGS = Path(__file__).parent / "configs"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 BESIDE_WEIGHTS_BYTES = 16_000_000  # configs, tokenizer and index take less
 
 DType = Literal["bf16", "f16", "f32"]
@@ -75,7 +73,7 @@ def make_random_checkpoint(config: ModelConfig, out: Path, *, seed: int = 0, dty
     size = sum(tensor.bytes for tensor in tensors)
     with _complete_or_absent(out, size + BESIDE_WEIGHTS_BYTES) as partial:
         write_byte_tokenizer(config, partial)
-        _write_settings(config, dtype, partial)
+        write_config_files(config, partial, DTYPES[dtype.upper()], None, {RANDOM_KEY: True}, {})
         weights = RandomWeights(seed)
         with track(f"write {size / 1e9:.1f} GB of random weights", size) as advance:
 
@@ -115,23 +113,3 @@ def _complete_or_absent(out: Path, needed_bytes: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_settings(config: ModelConfig, dtype: DType, folder: Path) -> None:
-    """Write config.json, preprocessor_config.json and generation_config.json as released checkpoints carry them."""
-    tree = config_tree(config)
-    _write_json(folder / "config.json", tree | {"torch_dtype": DTYPE_NAMES[DTYPES[dtype.upper()]], RANDOM_KEY: True})
-    vision = config.vision
-    geometry = {
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.spatial_merge_size,
-    }
-    _write_json(folder / "preprocessor_config.json", PREPROCESSOR | geometry)
-    ids = {key: tree.get(key) for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    set_ids = {key: value for key, value in ids.items() if value is not None}
-    _write_json(folder / "generation_config.json", set_ids | {"do_sample": False})
-
-
-def _write_json(file: Path, tree: Mapping[str, object]) -> None:
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")

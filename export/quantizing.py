@@ -19,7 +19,6 @@ from sonoedge.export.corpus import Batch, Batches, Corpus
 from sonoedge.export.divergence import Divergence, evaluator
 from sonoedge.export.layerwise import calibrate
 from sonoedge.export.layout import EMBEDDING
-from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import load_checkpoint, open_checkpoint, save_checkpoint
 from sonoedge.export.qat import tune
@@ -52,11 +51,6 @@ class Quantized(msgspec.Struct, frozen=True):
     smoothing: Smoothing  # still to be applied to the weights of `checkpoint`
     trace: Trace | None = None
     tuning: Tuning | None = None
-
-    @property
-    def config(self) -> ModelConfig:
-        """Sizes of the model."""
-        return open_checkpoint(self.checkpoint)[0]
 
     @property
     def quantized_share(self) -> float:

@@ -3,6 +3,7 @@
 The format: https://github.com/huggingface/safetensors#format
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,10 +26,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
     @property
     def values(self) -> int:
         """How many values it holds."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:

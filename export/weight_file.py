@@ -13,20 +13,18 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sonoedge.calibration.smoothing import Smoothing
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.layout import Layout, Stored, Unit
-from sonoedge.export.models.shards import TensorHeader
+from sonoedge.export.models.shards import TensorHeader, row_chunks
 from sonoedge.export.scheme import quantize_weight
 from sonoedge.progress import track
 
@@ -36,36 +34,6 @@ HASH_BYTES = 2**22
 
 Rows = npt.NDArray[np.float32]
 _Chunk = tuple[Rows | npt.NDArray[np.int8], Rows | None]  # values and scales
-
-
-class CheckpointRows:
-    """Rows of a checkpoint's tensors, one file open at a time."""
-
-    def __init__(self, headers: dict[str, TensorHeader]) -> None:
-        self._headers = headers
-        self._path: Path | None = None
-        self._file: Any = None
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> CheckpointRows:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-    def chunks(self, key: str) -> Iterator[tuple[int, Tensor]]:
-        """First row and values, as the checkpoint has them, of every row chunk of the tensor `key`."""
-        header = self._headers[key]
-        rows = header.shape[0]
-        step = max(1, CHUNK_VALUES // (header.parameters // rows))
-        if self._path != header.file:
-            self._stack.close()
-            self._path, self._file = header.file, self._stack.enter_context(safe_open(header.file, framework="pt"))
-        part = self._file.get_slice(key)
-        for first in range(0, rows, step):
-            yield first, part[first : first + step]
 
 
 def float_rows(values: Tensor) -> Rows:
@@ -102,7 +70,6 @@ def write_weights(
     with (
         path.open("r+b") as file,
         journal.open("ab") as notes,
-        CheckpointRows(headers) as rows,
         _one_torch_thread(),
         ThreadPoolExecutor(THREADS, "quantize") as pool,
         track("quantize weights", layout.weight_bytes()) as advance,
@@ -113,7 +80,7 @@ def write_weights(
             if name in finished and finished[name] == _digest(file, unit):
                 kept += 1
             else:
-                seen = _write_unit(file, unit, rows, smoothing, pool)
+                seen = _write_unit(file, unit, headers, smoothing, pool)
                 file.flush()
                 notes.write(msgspec.json.encode(_Finished(name, seen)) + b"\n")
                 notes.flush()
@@ -128,7 +95,7 @@ def journal_of(path: Path) -> Path:
 
 
 def _write_unit(
-    file: BinaryIO, unit: Unit, rows: CheckpointRows, smoothing: Smoothing, pool: ThreadPoolExecutor
+    file: BinaryIO, unit: Unit, headers: dict[str, TensorHeader], smoothing: Smoothing, pool: ThreadPoolExecutor
 ) -> str:
     """Write one unit, its chunks quantized by the pool while the next are read; returns the hash of its bytes."""
     digest = hashlib.sha256()
@@ -145,7 +112,7 @@ def _write_unit(
 
     file.seek(unit.values.offset)
     for key in unit.keys:
-        for first, values in rows.chunks(key):
+        for first, values in row_chunks(headers[key], key, CHUNK_VALUES):
             waiting.append(pool.submit(_ready, key, first, values, unit, smoothing))
             if len(waiting) > THREADS:
                 put_oldest()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sonoedge.export.models.loading import open_checkpoint
-from sonoedge.export.models.shards import _open
+from sonoedge.export.models.shards import open_shard, row_chunks
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_VALUES = 2**24  # 64 MiB as float32
 
 
 class Weights:
@@ -30,7 +30,7 @@ class Weights:
     def rows(self, key: str, picked: Sequence[int]) -> Tensor:
         """The rows `picked` of a matrix [rows, columns]."""
         header = self._headers[key]
-        with _open(header.file) as shard:
+        with open_shard(header.file) as shard:
             rows: Tensor = shard.get_slice(key)[list(picked)]
         return rows.to(torch.float32)
 
@@ -45,9 +45,5 @@ class Weights:
 
     def chunks(self, key: str) -> Iterator[tuple[int, Tensor]]:
         """All rows in order, a few at a time, each with the number of its first."""
-        header = self._headers[key]
-        count = max(1, CHUNK_BYTES * header.shape[0] // max(1, 4 * header.parameters))
-        with _open(header.file) as shard:
-            part = shard.get_slice(key)
-            for first in range(0, header.shape[0], count):
-                yield first, part[first : first + count].to(torch.float32)
+        for first, rows in row_chunks(self._headers[key], key, CHUNK_VALUES):
+            yield first, rows.to(torch.float32)

@@ -56,7 +56,7 @@ def save_checkpoint(
     except OSError as error:
         raise SonoEdgeError(f"{path} cannot be written ({error.strerror}); choose a folder that can.") from error
     try:
-        _write_config_files(model.config, partial, dtype, tokenizer_files_from, extra_config or {}, preprocessor or {})
+        write_config_files(model.config, partial, dtype, tokenizer_files_from, extra_config or {}, preprocessor or {})
         tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in model.state_dict().items()}
         save_file(tensors, partial / SINGLE_FILE, metadata={"format": "pt"})
         partial.chmod(0o755)  # mkdtemp makes it private
@@ -65,7 +65,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_config_files(
+def write_config_files(
     config: ModelConfig,
     folder: Path,
     dtype: torch.dtype,
@@ -73,6 +73,7 @@ def _write_config_files(
     extra_config: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
 ) -> None:
+    """Write config.json, preprocessor and generation settings, and tokenizer files where there is a source."""
     tree = config_tree(config) | {"torch_dtype": DTYPE_NAMES[dtype], **extra_config}
     _write_json(folder / "config.json", tree)
     if source is not None:

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint folder, known from the headers of its safetensors files without reading any weight."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,7 @@ class TensorHeader(msgspec.Struct, frozen=True):
 
     @property
     def parameters(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
@@ -76,7 +74,7 @@ def read_tensors(headers: dict[str, TensorHeader], dtype: torch.dtype) -> Iterat
     for key, header in headers.items():
         by_file.setdefault(header.file, []).append(key)
     for file, keys in by_file.items():
-        with _open(file) as shard:
+        with open_shard(file) as shard:
             for key in keys:
                 yield key, shard.get_tensor(key).to(dtype)
 
@@ -97,7 +95,7 @@ def _read_index(file: Path) -> dict[str, str]:
 
 def _file_headers(file: Path) -> dict[str, TensorHeader]:
     headers = {}
-    with _open(file) as shard:
+    with open_shard(file) as shard:
         for key in shard.keys():  # noqa: SIM118 (not a dict)
             part = shard.get_slice(key)
             header = TensorHeader(file, tuple(part.get_shape()), part.get_dtype())
@@ -109,7 +107,21 @@ def _file_headers(file: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def _open(file: Path) -> Any:
+def row_chunks(header: TensorHeader, key: str, most_values: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the rows of a tensor in order as the file has them, at most `most_values` at a time (but a whole row).
+
+    Each chunk comes with the number of its first row. SonoEdgeError when the file has gone or is damaged.
+    """
+    rows = header.shape[0]
+    step = max(1, most_values * rows // max(1, header.parameters))
+    with open_shard(header.file) as shard:
+        part = shard.get_slice(key)
+        for first in range(0, rows, step):
+            yield first, part[first : first + step]
+
+
+def open_shard(file: Path) -> Any:
+    """Open a safetensors file for torch; SonoEdgeError when it is not there whole."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

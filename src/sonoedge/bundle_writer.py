@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import os
 import secrets
@@ -13,7 +12,7 @@ from types import TracebackType
 import msgspec
 
 from sonoedge import __version__
-from sonoedge.errors import SonoEdgeError
+from sonoedge.errors import DISK_FULL, SonoEdgeError
 from sonoedge.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -27,7 +26,6 @@ from sonoedge.manifest import (
 )
 
 _CHUNK_BYTES = 2**20
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class BundleWriter:
@@ -62,7 +60,7 @@ class BundleWriter:
         if self._committed:
             return
         self._remove()
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise SonoEdgeError(f"{self.out}: the disk is full: free space, or choose another --out") from error
 
     def add(self, name: str) -> Path:

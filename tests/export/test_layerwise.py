@@ -104,7 +104,7 @@ def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def test_logits_are_the_whole_models(
     tiny_checkpoint: Path, tiny_model: EchoVLM, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_module, "CHUNK_BYTES", 3000)  # a few rows at a time
+    monkeypatch.setattr(weights_module, "CHUNK_VALUES", 750)  # a few rows at a time
     expected = [whole_logits(tiny_model, batch) for batch in batches]
     found = reference_logits(tiny_checkpoint, batches)
     assert largest_error(found, expected) < BOUND
