@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from sonoedge.device_profiles.schema import Profile, check_sources
+from sonoedge.device_profiles.schema import Profile, check_agreement, check_sources
 from sonoedge.errors import SonoEdgeError
 from sonoedge.explain import explain
 
@@ -37,6 +37,7 @@ def _read(path: Path) -> Profile:
     try:
         raw = msgspec.toml.decode(path.read_bytes())
         profile = msgspec.convert(raw, Profile)
+        check_agreement(profile)
         check_sources(profile)
     except OSError as error:
         raise SonoEdgeError(f"{path} cannot be read ({error.strerror}): name a profile, or a TOML file") from error
