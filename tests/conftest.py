@@ -391,6 +391,85 @@ class PortableSession:
         """Nothing is held beyond the arrays."""
 
 
+class BufferSession:
+    """The graphs for TensorRT on ONNX Runtime: what the cache's buffer was comes out with the new tokens in it."""
+
+    SEES_NOTHING = -30000.0  # finite in 16 bit: a row that sees nothing gives numbers
+
+    def __init__(self, folder: Path, spec: DecoderSpec) -> None:
+        from sonoedge.runtime.sessions.ort import load_graph
+
+        self.spec, self.image, self.length = spec, ImageSpec(), 0
+        self._vision = load_graph(path, 1) if (path := folder / "vision.trt.onnx").exists() else None
+        self._decoder = load_graph(folder / "decoder.trt.onnx", 1)
+        shape = (1, spec.kv_heads, spec.context, spec.head_dim)
+        names = [f"{part}_{layer}" for layer in range(spec.layers) for part in ("key", "value")]
+        self.cache = {name: np.zeros(shape, np.float16) for name in names}
+
+    def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
+        """Return the embeddings [merged, hidden] of one picture."""
+        from sonoedge.runtime.sessions.ort import patch_places
+
+        assert self._vision is not None
+        feed = {"patches": patches.values, "places": patch_places(patches.grid, 2)}
+        return np.asarray(self._vision.run(["image_embeds"], feed)[0])
+
+    def extend(
+        self,
+        ids: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        *,
+        image_embeds: npt.NDArray[np.float32] | None = None,
+        visible: npt.NDArray[np.bool_] | None = None,
+        logits_rows: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to the cache and return logits [r, vocab]; see `Session.extend`."""
+        total = self.length + len(ids)
+        if visible is None:
+            visible = np.tri(len(ids), total, self.length, dtype=np.bool_)
+        bias = np.full((1, 1, len(ids), min(total + 3, self.spec.context)), self.SEES_NOTHING, np.float16)
+        bias[0, 0, :, :total][visible] = 0
+        feed = {
+            "input_ids": ids[None],
+            "positions": positions[:, None],
+            "image_embeds": np.zeros((1, self.spec.hidden), np.float32) if image_embeds is None else image_embeds,
+            "attention_bias": bias,
+            "logits_rows": np.array([len(ids) - 1]) if logits_rows is None else logits_rows,
+            "write_at": np.array([self.length]),
+            **{f"past_{name}": value for name, value in self.cache.items()},
+        }
+        names = ["logits", *(f"present_{name}" for name in self.cache)]
+        logits, *written = self._decoder.run(names, feed)
+        self.cache = dict(zip(self.cache, written, strict=True))
+        self.length = total
+        return np.asarray(logits)
+
+    def rewind(self, length: int) -> None:
+        """Forget every token after the first `length`: what lies there is written over."""
+        self.length = length
+
+    def close(self) -> None:
+        """Nothing is held beyond the arrays."""
+
+
+def _without_bfloat16(model: ir.Model) -> ir.Model:
+    """The graph in float16 where it would compute in bfloat16, which ONNX Runtime has no products in on the CPU."""
+    import onnx_ir as ir
+
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph:
+            for name in ("to", "output_dtype"):
+                if name in node.attributes and node.attributes[name].as_int() == ir.DataType.BFLOAT16:
+                    node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT16)
+    return model
+
+
+@pytest.fixture(scope="session")
+def without_bfloat16() -> Callable[[ir.Model], ir.Model]:
+    """Make a graph for TensorRT one that ONNX Runtime can run, in float16 where it is in bfloat16."""
+    return _without_bfloat16
+
+
 class Compiled:
     """Graphs in all forms over one weights file, in a folder, and sessions over them."""
 
@@ -408,6 +487,8 @@ class Compiled:
 
         if purpose is Purpose.PORTABLE:
             return PortableSession(self.folder, self.spec)
+        if purpose is Purpose.TENSORRT:
+            return BufferSession(self.folder, self.spec)
         vision = self.path("vision", Purpose.ROWS)
         decoder = self.path("decoder", purpose)
         return OrtSession(
@@ -444,7 +525,8 @@ def compile_graphs() -> Callable[..., Compiled]:
         for name, graph in graphs.items():
             for purpose in Purpose:
                 if (name, purpose) != ("vision", Purpose.TOKEN):
-                    ir.save(lowered(graph, config, plan, layout, weights, purpose), compiled.path(name, purpose))
+                    model = _without_bfloat16(lowered(graph, config, plan, layout, weights, purpose))
+                    ir.save(model, compiled.path(name, purpose))
         return compiled
 
     return make

@@ -7,10 +7,9 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from sonoedge.export.graphs import OPSET
 from sonoedge.export.markers import DOMAIN
 from sonoedge.export.passes.emitter import CONTRIB, Attribute, Emitter
-from sonoedge.export.passes.products import OFFSET, Inputs, Purpose, Weights, needs_zero, product
+from sonoedge.export.passes.products import OFFSET, Inputs, Purpose, Weights, needs_zero, opset, product
 from sonoedge.export.scheme import BLOCK, Scheme
 
 # One graph may hold experts of several schemes, and a function is known by its name alone.
@@ -37,8 +36,8 @@ class Shape:
         return divisor if divisor >= least else None
 
 
-def experts_function(shape: Shape, scheme: Scheme, purpose: Purpose) -> ir.Function:
-    """What a node of experts means, for x [tokens, hidden] and weights [tokens, experts], zero for those not chosen.
+def experts_function(shape: Shape, scheme: Scheme, purpose: Purpose, layer: str) -> ir.Function:
+    """What a layer's node of experts means, for x [tokens, hidden] and weights [tokens, experts], zero if not chosen.
 
     Further inputs: the scale of x where the scheme has a fixed one; then for each expert gate and up joined
     [2 · inner, hidden] and down [hidden, inner], each with scales and zero points where they are int8, and before down
@@ -46,7 +45,9 @@ def experts_function(shape: Shape, scheme: Scheme, purpose: Purpose) -> ir.Funct
     experts of weights[e] · down(silu(gate(x)) · up(x)). Every expert runs, those not chosen weigh nothing, so the
     result is exact.
     """
-    emit, inputs = Emitter("experts"), Inputs()
+    # Every layer has a function of its own: TensorRT writes a body out at each call and refuses a layer's name twice.
+    name = f"{FUNCTION_NAMES[scheme]}{layer}"
+    emit, inputs = Emitter(name), Inputs()
     arguments: list[ir.Value] = []
 
     def argument(name: str) -> ir.Value:
@@ -72,9 +73,9 @@ def experts_function(shape: Shape, scheme: Scheme, purpose: Purpose) -> ir.Funct
         part = emit("Mul", product(emit, inputs, hidden, down, scheme, purpose, hidden_scale), share)
         total = part if total is None else emit("Add", total, part)
     assert total is not None  # a mixture has at least one expert
-    opsets = {"": OPSET, CONTRIB: 1}
-    body = ir.Graph(arguments, [total], nodes=emit.nodes, opset_imports=opsets, name=FUNCTION_NAMES[scheme])
-    return ir.Function(DOMAIN, FUNCTION_NAMES[scheme], graph=body, attributes=[])
+    opsets = {"": opset(purpose), CONTRIB: 1}
+    body = ir.Graph(arguments, [total], nodes=emit.nodes, opset_imports=opsets, name=name)
+    return ir.Function(DOMAIN, name, graph=body, attributes=[])
 
 
 def qmoe(

@@ -8,9 +8,12 @@ import onnx_ir as ir
 from sonoedge.export.layout import Layout, expert_name, int8_name, product_key, scale_name
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.passes.base import Pass, PassError, marks, name_of
-from sonoedge.export.passes.emitter import Emitter, filled, initializer, replace
+from sonoedge.export.passes.emitter import Attribute, Emitter, filled, initializer, replace
+from sonoedge.export.passes.expert_plugins import Dispatch, ExpertWeights, chosen, grouped
 from sonoedge.export.passes.experts import Shape, experts_function, qmoe
 from sonoedge.export.passes.products import Inputs, Purpose, Weights, needs_bits, needs_zero, product
+from sonoedge.export.plugins.dispatch import BLOCK_ROWS, WIDTH_MULTIPLE
+from sonoedge.export.plugins.registration import NODE_ATTRIBUTES
 from sonoedge.export.scheme import QuantizationPlan, Scheme
 
 BITS = "_bits"  # suffix of a view of int8 bytes as uint8
@@ -22,10 +25,22 @@ class LowerProducts(Pass):
 
     Ensures: no `sonoedge::Linear` is left; a node of experts is left only with the function that says what it computes;
     int8 weights have zero point 0 and a scale an output channel or a block.
+
+    dispatch: experts become plugins where their scheme has kernels, the function elsewhere; TENSORRT only. block_rows:
+    tokens of one expert that a plugin multiplies together.
     """
 
-    def __init__(self, config: ModelConfig, plan: QuantizationPlan, layout: Layout, purpose: Purpose) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan: QuantizationPlan,
+        layout: Layout,
+        purpose: Purpose,
+        dispatch: Dispatch = Dispatch.FUNCTION,
+        block_rows: int = BLOCK_ROWS[0],
+    ) -> None:
         self._config, self._plan, self._layout, self._purpose = config, plan, layout, purpose
+        self._dispatch, self._block_rows = dispatch, block_rows
         self._inputs = Inputs()
 
     def requires(self, model: ir.Model) -> None:
@@ -81,14 +96,41 @@ class LowerProducts(Pass):
                 for what in ("values", "scale")
             }
             mixed = qmoe(emit, matrix, shares, shape, scheme, stored)
+        elif has_kernels(self._dispatch, scheme, self._config):
+            mixed = self._plugins(graph, emit, matrix, name)
         else:
-            function = experts_function(shape, scheme, self._purpose)
+            function = experts_function(shape, scheme, self._purpose, name.split(".")[2])
             model.functions[function.identifier()] = function
             arguments = [matrix, shares, *self._arguments(graph, emit, name, scheme, shape.experts)]
             call = ir.Node(function.domain, function.name, arguments, num_outputs=1, name=name)
             emit.nodes.append(call)
             mixed = call.outputs[0]
         replace(graph, node, emit.nodes, [emit("Reshape", mixed, emit.constant([1, -1, hidden]))])
+
+    def _plugins(self, graph: ir.Graph, emit: Emitter, x: ir.Value, name: str) -> ir.Value:
+        """The experts' mix [tokens, hidden] of x, by the kernels that the dispatch asks for."""
+        moe = self._config.moe
+        assert moe is not None  # the mark comes from a mixture
+        layer = name.split(".")[2]
+        named = {value.name: value for node in graph for value in node.outputs}
+        logits = emit("Reshape", named[f"probe.router.{layer}"], emit.constant([-1, moe.num_experts]))
+        parts = ("gate_up_values", "gate_up_scale", "down_values", "down_scale")
+        weights = ExpertWeights(*(self._stored(graph, f"{name}.{part}") for part in parts))
+        sizes: dict[str, Attribute] = {
+            **NODE_ATTRIBUTES,
+            "experts": moe.num_experts,
+            "chosen": moe.num_experts_per_tok,
+            "hidden": self._config.hidden_size,
+            "inner": moe.moe_intermediate_size,
+            "norm_topk_prob": int(moe.norm_topk_prob),
+            "block_rows": self._block_rows,
+        }
+        if self._dispatch is Dispatch.CHOSEN:
+            return chosen(emit, x, logits, weights, sizes)
+        input_scale = emit.constant(np.array([self._plan.activation_scale(name)], np.float32))
+        scales = [self._plan.activation_scale(f"{name}.{e}.down_proj") for e in range(moe.num_experts)]
+        hidden_scale = emit.constant(np.array(scales, np.float32))
+        return grouped(emit, x, logits, weights, input_scale, hidden_scale, sizes)
 
     def _arguments(
         self, graph: ir.Graph, emit: Emitter, name: str, scheme: Scheme, experts: int
@@ -130,3 +172,13 @@ class LowerProducts(Pass):
         for node in marks(model, "Linear", "Experts"):
             if node.op_type == "Linear" or node.op_identifier() not in model.functions:
                 raise PassError(f"{name_of(node)} has no meaning")
+
+
+def has_kernels(dispatch: Dispatch, scheme: Scheme, config: ModelConfig) -> bool:
+    """Whether experts of these sizes and this scheme can run by the kernels of a dispatch."""
+    moe = config.moe
+    if moe is None or config.hidden_size % WIDTH_MULTIPLE or moe.moe_intermediate_size % WIDTH_MULTIPLE:
+        return False
+    if dispatch is Dispatch.GROUPED:
+        return scheme is Scheme.W8A8
+    return dispatch is Dispatch.CHOSEN and scheme.per_channel

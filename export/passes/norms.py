@@ -25,6 +25,8 @@ class LowerNorms(Pass):
                 mean = emit("ReduceMean", emit("Mul", x, x), emit.constant([-1]))
                 root = emit("Sqrt", emit("Add", mean, emit.constant(np.array(epsilon, np.float32))))
                 normed = emit("Mul", emit("Div", x, root), weight)
+            elif self._purpose is Purpose.TENSORRT:
+                normed = emit("RMSNormalization", x, weight, axis=-1, epsilon=epsilon)
             else:
                 normed = emit("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
             replace(model.graph, node, emit.nodes, [normed])

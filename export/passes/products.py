@@ -8,19 +8,27 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from sonoedge.export.graphs import OPSET
 from sonoedge.export.passes.emitter import CONTRIB, Emitter
 from sonoedge.export.scheme import BLOCK, INT8_MAX, SMALLEST, Scheme
 
 WIDE_BLOCK = 256  # MatMulNBits reads a scale a block: fewer for rows that have one scale anyway
+TENSORRT_OPSET = 24  # the first with an update of a cache in place
 OFFSET = 128  # what int8 values stand around where an operator takes unsigned ones
 
 
 class Purpose(Enum):
     """What a graph is for, which decides the fastest operators."""
 
-    PORTABLE = "portable"  # standard operators, the Q/DQ form that TensorRT reads
+    PORTABLE = "portable"  # standard operators of an old opset, in float32 and Q/DQ, which most backends read
+    TENSORRT = "trt"  # the same for TensorRT: newer operators, cache in place, 16 bit where it multiplies floats
     ROWS = "rows"  # ONNX Runtime, many tokens at once: int8 products
     TOKEN = "token"  # ONNX Runtime, one token at a time: the memory's speed decides
+
+
+def opset(purpose: Purpose) -> int:
+    """The version of the standard operators in a graph."""
+    return TENSORRT_OPSET if purpose is Purpose.TENSORRT else OPSET
 
 
 class Weights(NamedTuple):
@@ -111,17 +119,27 @@ def product(
         one, zero = emit.constant(np.array(1, np.float32)), emit.constant(np.array(OFFSET, np.uint8))
         operands = (int8, one, zero, weights.values, weights.scale, weights.zero)
         return emit("Mul", emit("QGemm", *operands, domain=CONTRIB, transB=1), token_scale)
-    if scheme is Scheme.W8A16_BLOCK:
-        wide = emit("DequantizeLinear", weights.values, weights.scale, weights.zero, axis=1, block_size=BLOCK)
-    else:
-        wide = emit("DequantizeLinear", weights.values, weights.scale, weights.zero, axis=0)
     if scheme is Scheme.W8A8:
         assert scale is not None  # the plan has one for every product of this scheme
+        wide = emit("DequantizeLinear", weights.values, weights.scale, weights.zero, axis=0)
         # Every product rounds its input itself: ONNX Runtime's precise mode fuses no product whose QuantizeLinear is
         # read by another one as well.
         zero = emit.constant(np.array(0, np.int8))
         x = emit("DequantizeLinear", emit("QuantizeLinear", x, scale, zero), scale, zero)
-    return emit("Gemm", x, wide, transB=1)
+        return emit("Gemm", x, wide, transB=1)
+    return _weight_only(emit, x, weights, scheme, purpose)
+
+
+def _weight_only(emit: Emitter, x: ir.Value, weights: Weights, scheme: Scheme, purpose: Purpose) -> ir.Value:
+    """x times int8 weights turned into floats."""
+    attributes: dict[str, int] = {"axis": 0} if scheme.block is None else {"axis": 1, "block_size": BLOCK}
+    operands = (weights.values, weights.scale, weights.zero)
+    if purpose is not Purpose.TENSORRT:
+        return emit("Gemm", x, emit("DequantizeLinear", *operands, **attributes), transB=1)
+    # bfloat16, as the released checkpoint computes: float16 cannot hold the largest inputs of its down projections.
+    wide = emit("DequantizeLinear", *operands, **attributes, output_dtype=int(ir.DataType.BFLOAT16))
+    narrow = emit("Cast", x, to=int(ir.DataType.BFLOAT16))
+    return emit("Cast", emit("Gemm", narrow, wide, transB=1), to=int(ir.DataType.FLOAT))
 
 
 def _bits(emit: Emitter, x: ir.Value, weights: Weights, scheme: Scheme) -> ir.Value:

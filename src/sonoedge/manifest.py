@@ -45,6 +45,16 @@ class DecoderSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eos_token_ids: tuple[int, ...]
 
 
+class ExpertsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The routed experts of every layer: a token takes `chosen`, each `inner` wide between vectors of `hidden`."""
+
+    experts: int
+    chosen: int
+    hidden: int
+    inner: int
+    norm_topk_prob: bool
+
+
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which model the bundle holds; `id` is filled in when the bundle is committed."""
 
@@ -64,13 +74,14 @@ class Hashes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One ONNX graph: for ONNX Runtime ("ort") or as portable Q/DQ ("qdq").
+    """One ONNX graph: for ONNX Runtime ("ort"), as portable Q/DQ ("qdq"), or in 16 bit for TensorRT ("trt").
 
     "decoder" takes any number of tokens; "decode", where a bundle has it, is the same model laid out for one at a time.
+    "trt-plugins" is "trt" with the routed experts as plugins whose kernels the bundle carries.
     """
 
     purpose: Literal["vision", "decoder", "decode"]
-    formulation: Literal["ort", "qdq"]
+    formulation: Literal["ort", "qdq", "trt", "trt-plugins"]
     path: str
 
 
@@ -117,11 +128,14 @@ class Contents(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stages: dict[str, StageCost] = {}
     hint_calibration: dict[str, HintCalibration] = {}
     familiarity: str | None = None
+    experts: ExpertsSpec | None = None  # None for a dense model
+    preset: str | None = None  # the region whose routing chose the experts; None: all of them are there
+    kernels: str | None = None  # index of the plugins' kernels, compiled for the bundle's profile
 
     def paths(self) -> tuple[str, ...]:
         """Every path that the contents name."""
-        familiarity = () if self.familiarity is None else (self.familiarity,)
-        return (*(graph.path for graph in self.graphs), self.golden.path, *familiarity)
+        optional = tuple(path for path in (self.familiarity, self.kernels) if path is not None)
+        return (*(graph.path for graph in self.graphs), self.golden.path, *optional)
 
 
 class Manifest(Contents, frozen=True, forbid_unknown_fields=True, kw_only=True):

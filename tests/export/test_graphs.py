@@ -30,6 +30,7 @@ from sonoedge.export.scheme import CacheScheme, QuantizationPlan, Scheme
 from sonoedge.runtime.preprocess import Patches
 
 BOUND = 1e-4
+BOUND_IN_16_BIT = 2e-2  # attention of the graphs for TensorRT
 PROBES = ("probe.hidden.", "probe.router.")
 Floats = npt.NDArray[np.float32]
 
@@ -110,6 +111,12 @@ def session(request: pytest.FixtureRequest, compiled: Callable[[Scheme], Any]) -
     opened.close()
 
 
+@pytest.fixture
+def bound(session: Any) -> float:
+    """The largest error of a logit."""
+    return BOUND_IN_16_BIT if type(session).__name__ == "BufferSession" else BOUND
+
+
 def embeds_of(session: Any, case: Case) -> Floats | None:
     return np.concatenate([session.encode_image(image) for image in case.images]) if case.images else None
 
@@ -119,17 +126,17 @@ def test_recorded_sequences_are_what_they_should_be(cases: dict[str, Case]) -> N
     assert {len(case.images) for case in cases.values()} >= {0, 1, 2}
 
 
-def test_float_graphs_repeat_the_recording_in_one_pass(session: Any, cases: dict[str, Case]) -> None:
+def test_float_graphs_repeat_the_recording_in_one_pass(session: Any, bound: float, cases: dict[str, Case]) -> None:
     for name, case in cases.items():
         session.rewind(0)
         rows = np.arange(len(case.ids))
         found = session.extend(case.ids, case.positions, image_embeds=embeds_of(session, case), logits_rows=rows)
         error = np.abs(found - case.logits).max()
         print(name, "largest error:", error)
-        assert error < BOUND
+        assert error < bound
 
 
-def test_float_graphs_repeat_the_recording_token_by_token(session: Any, cases: dict[str, Case]) -> None:
+def test_float_graphs_repeat_the_recording_token_by_token(session: Any, bound: float, cases: dict[str, Case]) -> None:
     for case in cases.values():
         session.rewind(0)
         embeds = embeds_of(session, case)
@@ -139,7 +146,7 @@ def test_float_graphs_repeat_the_recording_token_by_token(session: Any, cases: d
             session.extend(case.ids[n : n + 1], case.positions[:, n : n + 1]) for n in range(first, len(case.ids))
         ]
         assert session.length == len(case.ids)
-        assert np.abs(np.concatenate(found) - case.logits[first - 1 :]).max() < BOUND
+        assert np.abs(np.concatenate(found) - case.logits[first - 1 :]).max() < bound
 
 
 def test_two_float_graphs_take_turns_at_one_cache(compiled: Callable[[Scheme], Any], cases: dict[str, Case]) -> None:
@@ -163,7 +170,9 @@ def test_two_float_graphs_take_turns_at_one_cache(compiled: Callable[[Scheme], A
     session.close()
 
 
-def test_branches_of_a_tree_and_rewinding_repeat_the_recording(session: Any, cases: dict[str, Case]) -> None:
+def test_branches_of_a_tree_and_rewinding_repeat_the_recording(
+    session: Any, bound: float, cases: dict[str, Case]
+) -> None:
     """The recorded ending stands behind its prefix beside a strange branch, as hints do, and again after a rewind."""
     case = cases["two_images.0"]
     total = len(case.ids)
@@ -183,10 +192,10 @@ def test_branches_of_a_tree_and_rewinding_repeat_the_recording(session: Any, cas
     for _ in range(2):
         rows = np.arange(5, 5 + ending)
         found = session.extend(ids, positions, visible=visible, logits_rows=rows)
-        assert np.abs(found - case.logits[length:]).max() < BOUND
+        assert np.abs(found - case.logits[length:]).max() < bound
         session.rewind(length)
     found = session.extend(case.ids[length:], case.positions[:, length:], logits_rows=np.arange(ending))
-    assert np.abs(found - case.logits[length:]).max() < BOUND
+    assert np.abs(found - case.logits[length:]).max() < bound
 
 
 def test_marks_are_called_as_the_recipe_calls_products(marked: Any, tiny_model: EchoVLM) -> None:
@@ -340,9 +349,12 @@ def test_all_graphs_name_one_file_that_holds_everything_once(
                 small += len(tensor.raw_data)
                 continue
             assert entries["location"] == "model.weights"
-            stored = layout.tensors[tensor.name.removesuffix("_bits")]
+            stored = layout.tensors[tensor.name.removesuffix("_bits").removesuffix("_words")]
             assert (int(entries["offset"]), int(entries["length"])) == (stored.offset, stored.length)
-            assert tuple(tensor.dims) == stored.shape
+            if tensor.name.endswith("_words"):
+                assert tuple(tensor.dims) == (stored.shape[0], stored.shape[1] // 4)
+            else:
+                assert tuple(tensor.dims) == stored.shape
             used.add((stored.offset, stored.offset + stored.length))
         assert small < 20_000, "a second copy of weights"
     assert (graphs.folder / "model.weights").stat().st_size == layout.size
@@ -370,7 +382,13 @@ def test_the_recipe_says_how_many_forms_a_bundle_has(
     plan = plan_of(names, Scheme.W8A16)
     with BundleWriter(tmp_path / "bundle") as writer:
         listed = write_graphs(
-            marked.config, plan, plan_layout(marked.config, plan), marked.context, writer, two_forms=two_forms
+            marked.config,
+            plan,
+            plan_layout(marked.config, plan),
+            marked.context,
+            writer,
+            two_forms=two_forms,
+            block_rows=64,
         )
         paths = [writer.add(graph.path) for graph in listed]
         kinds = [(graph.purpose, graph.formulation) for graph in listed]
@@ -378,8 +396,11 @@ def test_the_recipe_says_how_many_forms_a_bundle_has(
             ("vision", "ort"),
             ("vision", "qdq"),
             ("decoder", "ort"),
-            *([("decode", "ort")] if two_forms else []),
             ("decoder", "qdq"),
+            ("vision", "trt"),
+            ("decoder", "trt"),
+            # Kernels for many tokens want int8 activations, which this plan has none of.
+            *([("decode", "ort"), ("decode", "trt-plugins")] if two_forms else []),
         ]
         operators = [{node.op_type for node in nodes_of(onnx.load(path, load_external_data=False))} for path in paths]
         assert any("MatMulNBits" in found for found in operators) == two_forms

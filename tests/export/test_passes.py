@@ -17,14 +17,16 @@ from sonoedge.export.markers import DOMAIN
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.passes.attach import AttachWeights
 from sonoedge.export.passes.attention import AttendInPlace, AttendStandard
+from sonoedge.export.passes.attention_tensorrt import AttendInBuffer
 from sonoedge.export.passes.base import Pass, PassError, marks, none_left, run_passes
+from sonoedge.export.passes.dead_code import RemoveUnused
 from sonoedge.export.passes.embeddings import LowerEmbeddings
 from sonoedge.export.passes.emitter import CONTRIB, Emitter, filled, initializer
 from sonoedge.export.passes.experts import Shape, experts_function
 from sonoedge.export.passes.lower_products import LowerProducts
 from sonoedge.export.passes.norms import LowerNorms
 from sonoedge.export.passes.probes import NameProbes
-from sonoedge.export.passes.products import Purpose
+from sonoedge.export.passes.products import Purpose, opset
 from sonoedge.export.quantize import product_names
 from sonoedge.export.scheme import CacheScheme, QuantizationPlan, Scheme
 from sonoedge.runtime.sessions.ort import load_graph
@@ -126,16 +128,21 @@ def embedding() -> ir.Model:
     return graph_of([ids], [mark("Embedding", "model.embed_tokens", [ids, weight])], [weight])
 
 
+@pytest.mark.parametrize("purpose", Purpose)
 @pytest.mark.parametrize(("scheme", "found"), [(Scheme.FLOAT, ["Gather"]), (Scheme.W8A16, ["Gather", "Cast", "Mul"])])
-def test_embeddings_are_looked_up_in_standard_operators(scheme: Scheme, found: list[str]) -> None:
+def test_embeddings_are_looked_up_in_standard_operators(scheme: Scheme, found: list[str], purpose: Purpose) -> None:
     model = embedding()
-    run_passes(model, [LowerEmbeddings(QuantizationPlan({"model.embed_tokens": scheme}, {}))])
+    run_passes(model, [LowerEmbeddings(QuantizationPlan({"model.embed_tokens": scheme}, {}), purpose)])
     assert set(found) <= set(kinds(model))
     assert not marks(model, "Embedding")
     assert {node.domain for node in model.graph} == {""}
     held = model.graph.initializers
-    if scheme is Scheme.W8A16:
+    if scheme is Scheme.W8A16 and purpose is Purpose.TENSORRT:  # it lets DequantizeLinear alone read int8
+        words = held["model.embed_tokens.weight_int8_words"]
+        assert (words.dtype, tuple(words.shape or ())) == (ir.DataType.INT32, (10, 2))
+    elif scheme is Scheme.W8A16:
         assert held["model.embed_tokens.weight_int8"].dtype is ir.DataType.INT8
+    if scheme is Scheme.W8A16:
         assert tuple(held["model.embed_tokens.weight_scale"].shape or ()) == (10,)
 
 
@@ -149,8 +156,10 @@ def test_norms_are_what_numpy_computes(purpose: Purpose, tmp_path: Path) -> None
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", FLOAT, ir.Shape([1, "n", 8])
     model = graph_of([x], [node], [weight])
     run_passes(model, [LowerNorms(purpose)])
-    portable = purpose is Purpose.PORTABLE
-    assert ("SimplifiedLayerNormalization" in kinds(model)) == (not portable)
+    own = purpose in (Purpose.ROWS, Purpose.TOKEN)
+    assert ("SimplifiedLayerNormalization" in kinds(model)) == own
+    assert ("RMSNormalization" in kinds(model)) == (purpose is Purpose.TENSORRT)
+    model.opset_imports[""] = opset(purpose)
     ir.save(model, tmp_path / "norm.onnx")
     given = np.random.default_rng(0).normal(0, 0.2, (1, 5, 8)).astype(np.float32)
     session: Any = load_graph(tmp_path / "norm.onnx", 1)
@@ -202,6 +211,55 @@ def test_portable_attention_is_standard_and_grows_the_cache(cache: CacheScheme) 
     assert all([str(size) for size in x.shape or ()] == ["1", "2", "total", "4"] for x in model.graph.outputs[1:])
     counted = kinds(model).count("QuantizeLinear"), kinds(model).count("DequantizeLinear")
     assert counted == ((2, 2) if cache is CacheScheme.INT8 else (0, 0))
+
+
+def test_attention_in_a_buffer_updates_16_bit_caches() -> None:
+    model = attention()
+    run_passes(model, [AttendInBuffer(4)])
+    assert {node.domain for node in model.graph} == {""}
+    assert [x.name for x in model.graph.inputs][-2:] == ["attention_bias", "write_at"]
+    found = kinds(model)
+    assert (found.count("TensorScatter"), found.count("Attention")) == (2, 1)
+    caches = [*(x for x in model.graph.inputs if str(x.name).startswith("past")), *model.graph.outputs[1:]]
+    assert len(caches) == 4
+    assert {x.dtype for x in caches} == {ir.DataType.FLOAT16}
+    assert {tuple(x.shape or ()) for x in caches[:2]} == {(1, 2, 32, 4)}
+
+
+def test_attention_in_a_buffer_checks_its_inputs_and_leaves_other_graphs_alone() -> None:
+    with pytest.raises(PassError, match=r"AttendInBuffer\.requires after the export: .* has 7 inputs, not 8"):
+        run_passes(attention(7), [AttendInBuffer(4)])
+    x = value("x", 1, "n", 8)
+    model = graph_of([x], [ir.node("Relu", [x])])
+    run_passes(model, [AttendInBuffer(4)])
+    assert [x.name for x in model.graph.inputs] == ["x"]
+
+
+def test_what_nothing_reads_goes() -> None:
+    x = value("x", 1, "n", 8)
+    last = ir.node("Relu", [x])
+    unread = ir.node("Neg", [x])
+    model = graph_of([x], [unread, ir.node("Abs", [unread.outputs[0]]), last])
+    model.graph.outputs[:] = [last.outputs[0]]
+    run_passes(model, [RemoveUnused()])
+    assert kinds(model) == ["Relu"]
+
+
+def test_int32_words_hold_the_same_bytes(tmp_path: Path) -> None:
+    """Every pair of neighbouring bytes, the lowest and the highest ones among them."""
+    rows = np.stack(np.meshgrid(np.arange(-128, 128), np.arange(-128, 128)), -1).astype(np.int8).reshape(256, 512)
+    ids, weight = value("ids", 1, "n", dtype=ir.DataType.INT64), value("model.embed_tokens.weight", 256, 512)
+    model = graph_of([ids], [mark("Embedding", "model.embed_tokens", [ids, weight])], [weight])
+    plan = QuantizationPlan({"model.embed_tokens": Scheme.W8A16}, {})
+    run_passes(model, [LowerEmbeddings(plan, Purpose.TENSORRT)])
+    graph = model.graph
+    del graph.initializers["model.embed_tokens.weight"]
+    for name, array in (("int8_words", rows.view("<i4")), ("scale", np.ones(256, np.float32))):
+        graph.initializers[f"model.embed_tokens.weight_{name}"].const_value = ir.tensor(array)
+    ir.save(model, tmp_path / "words.onnx")
+    session: Any = load_graph(tmp_path / "words.onnx", 1)
+    found = session.run(None, {"ids": np.arange(256)[None]})[0]
+    assert np.array_equal(found[0], rows.astype(np.float32))
 
 
 def test_portable_attention_checks_its_inputs() -> None:
@@ -267,7 +325,8 @@ def test_products_of_one_input_round_it_once_where_the_scale_is_a_tokens(
 @pytest.mark.parametrize("purpose", Purpose)
 @pytest.mark.parametrize("scheme", Scheme)
 def test_the_experts_function_says_what_it_takes(purpose: Purpose, scheme: Scheme) -> None:
-    function = experts_function(Shape(3, 1, 32, 16), scheme, purpose)
+    function = experts_function(Shape(3, 1, 32, 16), scheme, purpose, "7")
+    assert function.name.endswith("Experts7")
     names = [x.name for x in function.inputs]
     assert names[:2] == ["x", "weights"]
     assert ("input_scale" in names) == (scheme is Scheme.W8A8)
@@ -275,7 +334,7 @@ def test_the_experts_function_says_what_it_takes(purpose: Purpose, scheme: Schem
     assert ("down_1_scale" in names) == (scheme is not Scheme.FLOAT)
     assert len(names) == len(set(names))
     assert len(function.outputs) == 1
-    if purpose is Purpose.PORTABLE:
+    if purpose in (Purpose.PORTABLE, Purpose.TENSORRT):
         assert {node.domain for node in function} == {""}
 
 
@@ -317,4 +376,4 @@ def test_qmoe_takes_the_largest_block_that_divides_both_widths() -> None:
         shape = Shape(4, 2, hidden, inner)
         assert shape.block(Scheme.W8A16) == block
         assert shape.block(Scheme.W8A16_BLOCK) == (block if block == 128 else None)
-    assert msgspec.to_builtins(list(Purpose)) == ["portable", "rows", "token"]
+    assert msgspec.to_builtins(list(Purpose)) == ["portable", "trt", "rows", "token"]
