@@ -17,7 +17,7 @@ from sonoedge.export.checkpoint_files import image_spec, open_tokenizer
 from sonoedge.export.models.loading import load_checkpoint
 from sonoedge.export.torch_session import TorchSession
 from sonoedge.runtime.sessions.base import Session
-from sonoedge.runtime.sessions.ort import open_session
+from sonoedge.runtime.sessions.choose import Backend, open_session
 from sonoedge.runtime.tokens import Tokenizer
 
 FIRST_FRAME_SEED = 9_000_000  # far from the seeds of every recipe: no frame here was trained or calibrated on
@@ -25,23 +25,26 @@ CONTEXT = 512
 DEFAULT_FRAMES = 500
 
 
-def open_model(path: Path) -> tuple[Session, Tokenizer]:
-    """A session on a bundle or a checkpoint folder, with its tokenizer; raises SonoEdgeError when it is neither."""
+def open_model(path: Path, backend: Backend | None = None) -> tuple[Session, Tokenizer]:
+    """A session on a bundle or a checkpoint folder, with its tokenizer; raises SonoEdgeError when it is neither.
+
+    backend: what runs a bundle; None is what its device profile names.
+    """
     if (path / MANIFEST_FILE).exists():
-        return open_session(open_bundle(path)), Tokenizer.from_file(path / TOKENIZER_FILE)
+        return open_session(open_bundle(path), backend), Tokenizer.from_file(path / TOKENIZER_FILE)
     model = load_checkpoint(path)
     tokenizer = open_tokenizer(path, model.config)
     context = min(CONTEXT, model.config.max_position_embeddings)
     return TorchSession(model, image_spec(path), context), tokenizer
 
 
-def run(model: Path, data: str, frames: int, as_json: bool) -> None:
+def run(model: Path, data: str, frames: int, as_json: bool, backend: Backend | None = None) -> None:
     """The verb: accuracy by question, by image quality and by lesion size, on `frames` phantoms."""
     if data != "phantoms":
         raise SonoEdgeError(
             f"--data {data!r}: closed questions are scored on phantoms only, whose truth is known: give --data phantoms"
         )
-    session, tokenizer = open_model(model)
+    session, tokenizer = open_model(model, backend)
     with TemporaryDirectory(prefix="sonoedge-") as work:
         pool = phantom_pool(Path(work), frames, first_seed=FIRST_FRAME_SEED, spec=session.image)
         scored = score_pool(session, tokenizer, pool, "score")

@@ -23,6 +23,7 @@ from sonoedge.runtime.model import Model, open_model
 from sonoedge.runtime.preprocess import crop_to_sector, preprocess
 from sonoedge.runtime.protocol import Telemetry
 from sonoedge.runtime.server import Server
+from sonoedge.runtime.sessions.choose import Backend
 from sonoedge.runtime.sources import Source, SourceState, open_source
 
 FPS = 30.0
@@ -73,10 +74,10 @@ class BenchReport(msgspec.Struct, frozen=True):
     decode_tokens_s: float
 
 
-def run(bundle: Path, source: str | None, seconds: float, as_json: bool) -> None:
+def run(bundle: Path, source: str | None, seconds: float, as_json: bool, backend: Backend | None = None) -> None:
     """The verb: measure the bundle on a source, or on frames made in memory, for `seconds`."""
     frame = _first_frame(source)
-    model = open_model(bundle)
+    model = open_model(bundle, backend)
     with contextlib.closing(model.session), contextlib.closing(_open(source)) as feed:
         stages, tokens_s = _stages(model, frame)
         telemetry, questions = _serve(model, feed, seconds)

@@ -1,6 +1,5 @@
 """`sonoedge doctor`: what this machine can do for SonoEdge, what it lacks, and what each line means."""
 
-import importlib.util
 import os
 import platform
 import re
@@ -11,22 +10,15 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from sonoedge.runtime.gpu_findings import Finding, gpu_findings
+
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")  # instructions that multiply INT8 at full speed
 _VIDEO_LIBRARIES = ("FFMPEG", "GStreamer", "v4l/v4l2")
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """One thing looked at; `ok` is false when something is missing that a user may want."""
-
-    name: str
-    value: str
-    ok: bool
-    meaning: str
-
-
 def run(*, as_json: bool) -> None:
     """Look at this machine and print what was found."""
-    findings = [_python(), _processor(), _memory(), _onnxruntime(), _opencv(), _gpu(), _tensorrt()]
+    findings = [_python(), _processor(), _memory(), _onnxruntime(), _opencv(), *gpu_findings()]
     if as_json:
         print(msgspec.json.encode({"findings": findings}).decode())
         return
@@ -72,7 +64,9 @@ def _onnxruntime() -> Finding:
             "ONNX Runtime", f"not usable ({error})", False, f"Bundles cannot be served on the CPU: {way_out}"
         )
     providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
-    meaning = "Its graphs in a bundle can be served; a provider that is listed may still lack its libraries."
+    meaning = "Its graphs in a bundle can be served."
+    if "CUDA" in providers:
+        meaning += " `--backend cuda` needs CUDA's and cuDNN's libraries as well, and says so where they are missing."
     return Finding("ONNX Runtime", f"{onnxruntime.__version__} ({providers})", True, meaning)
 
 
@@ -91,27 +85,6 @@ def _opencv() -> Finding:
     else:
         meaning = "Videos, RTSP, cameras and GStreamer pipelines can be read."
     return Finding("OpenCV", f"{cv2.__version__} ({has})", missing in ([], ["GStreamer"]), meaning)
-
-
-def _gpu() -> Finding:
-    board = _read(Path("/proc/device-tree/model")).strip("\0\n")
-    if "jetson" in board.lower():
-        return Finding("GPU", board, True, "`sonoedge profiles` lists the Jetson profiles to build for.")
-    if Path("/dev/nvidia0").exists():
-        return Finding("GPU", "NVIDIA", True, "The `gpu` extra brings ONNX Runtime with CUDA on x86-64.")
-    return Finding("GPU", "none from NVIDIA", False, "Bundles run on the CPU here.")
-
-
-def _tensorrt() -> Finding:
-    if importlib.util.find_spec("tensorrt") is None:
-        meaning = (
-            "Only needed on a Jetson, where it comes with JetPack: apt-get install python3-libnvinfer, "
-            "then create the environment with --system-site-packages."
-        )
-        return Finding("TensorRT", "not installed", False, meaning)
-    import tensorrt
-
-    return Finding("TensorRT", str(tensorrt.__version__), True, "Engines can be built and run on this machine.")
 
 
 def _read(path: Path) -> str:

@@ -15,6 +15,7 @@ from sonoedge.bundle import Bundle
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.preprocess import Patches
 from sonoedge.runtime.sessions.base import Session
+from sonoedge.runtime.sessions.choose import Backend, open_session
 
 
 class GoldenCase(msgspec.Struct, frozen=True):
@@ -65,11 +66,9 @@ def load_case(path: Path) -> GoldenCase:
     return case
 
 
-def check(bundle: Bundle) -> float:
-    """Load the bundle's session, run the golden check and return the largest relative error."""
-    from sonoedge.runtime.sessions.ort import open_session
-
-    session = open_session(bundle)
+def check(bundle: Bundle, backend: Backend | None = None) -> float:
+    """Load the bundle on a backend (None: its profile's), run the golden check, return the largest relative error."""
+    session = open_session(bundle, backend)
     try:
         return check_session(bundle, session)
     finally:

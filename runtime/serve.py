@@ -13,14 +13,24 @@ from rich.console import Console
 from sonoedge.runtime.endpoints import check_endpoint
 from sonoedge.runtime.model import Model, open_model
 from sonoedge.runtime.server import Server
+from sonoedge.runtime.sessions.choose import Backend
 from sonoedge.runtime.sources import open_source
 
 POLL_S = 0.2  # how often a signal is looked for
 
 
-def run(bundle: Path, source: str, bind: str, hints_bind: str, once: bool, fps: float | None, as_json: bool) -> None:
+def run(
+    bundle: Path,
+    source: str,
+    bind: str,
+    hints_bind: str,
+    once: bool,
+    fps: float | None,
+    as_json: bool,
+    backend: Backend | None = None,
+) -> None:
     """Serve until the source ends (`once`), Ctrl-C or SIGTERM; raises SonoEdgeError for anything that cannot start."""
-    serve(lambda: open_model(bundle), source, bind, hints_bind, once, fps, as_json)
+    serve(lambda: open_model(bundle, backend), source, bind, hints_bind, once, fps, as_json)
 
 
 def serve(

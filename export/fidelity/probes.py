@@ -23,7 +23,8 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.fidelity.metrics import Floats
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.runtime.look import Prompt
-from sonoedge.runtime.sessions.ort import HIDDEN, load_graph
+from sonoedge.runtime.sessions.masks import attention_bias
+from sonoedge.runtime.sessions.ort import load_graph
 
 PROBE = re.compile(r"probe\.(hidden|router)\.(\d+)")  # values of a decoder graph, by layer
 
@@ -99,7 +100,7 @@ class OrtProbe:
             "input_ids": prompt.ids[None],
             "positions": prompt.positions[:, None],
             "image_embeds": prompt.embeds,
-            "attention_bias": np.where(np.tri(tokens, dtype=np.bool_), np.float32(0), HIDDEN)[None, None],
+            "attention_bias": attention_bias(np.tri(tokens, dtype=np.bool_), np.arange(tokens), (tokens, tokens)),
             "logits_rows": np.array([tokens - 1]),
             "last_token": np.array([tokens - 1], np.int32),
             "total_tokens": np.array(tokens, np.int32),

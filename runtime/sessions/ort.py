@@ -15,12 +15,14 @@ from sonoedge.bundle import Bundle
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.preprocess import ImageSpec, Patches
 from sonoedge.runtime.sessions.base import DecoderSpec
+from sonoedge.runtime.sessions.checks import check_extend, check_rewind
+from sonoedge.runtime.sessions.masks import attention_bias
 
 if TYPE_CHECKING:
     import onnxruntime
 
 SMALL_WEIGHTS_BYTES = 4 * 2**20  # a stage smaller than this stays in a core's caches
-HIDDEN = np.float32(-1e9)  # attention bias of what a token must not see
+CPU = "CPUExecutionProvider"
 
 
 def open_session(bundle: Bundle, *, threads: int | None = None) -> OrtSession:
@@ -63,7 +65,7 @@ class OrtSession:
         self._decode = self._decoder if decode is None else _Decoder(decode, threads)
         shape = (1, spec.kv_heads, spec.context, spec.head_dim)
         names = [f"{part}_{layer}" for layer in range(spec.layers) for part in ("key", "value")]
-        ort_value = _onnxruntime().OrtValue
+        ort_value = import_onnxruntime().OrtValue
         # One buffer is the past and the present of a layer: the operator writes new keys and values behind the old.
         self._cache = {name: ort_value.ortvalue_from_numpy(np.zeros(shape, self._decoder.cache_type)) for name in names}
         self._no_image = np.zeros((1, spec.hidden), np.float32)
@@ -76,10 +78,7 @@ class OrtSession:
 
     def rewind(self, length: int) -> None:
         """Forget every token after the first `length`."""
-        if not 0 <= length <= self.length:
-            raise SonoEdgeError(
-                f"the cache holds {self.length} tokens and cannot be rewound to {length}: rewind to fewer"
-            )
+        check_rewind(self.length, length)
         self.length = length
 
     def extend(
@@ -92,25 +91,15 @@ class OrtSession:
         logits_rows: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Append tokens to the cache and return logits [r, vocab]; see `Session.extend`."""
+        check_extend(self.spec, self.length, ids, image_embeds)
         new, total = len(ids), self.length + len(ids)
-        if total > self.spec.context:
-            raise SonoEdgeError(
-                f"{total} tokens do not fit the context of {self.spec.context}: ask a shorter question, or build the "
-                "bundle with a larger context"
-            )
-        images = 0 if image_embeds is None else len(image_embeds)
-        places = int((ids == self.spec.image_token_id).sum())
-        if images and images != places:  # the graph would read past the end
-            raise SonoEdgeError(
-                f"the text holds {places} image tokens but the images give {images}: write one image token for each"
-            )
         if visible is None:
             visible = np.tri(new, total, self.length, dtype=np.bool_)  # [new, total]
-        inputs = {
+        inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": ids[None],
             "positions": positions[:, None],
-            "image_embeds": image_embeds if images else self._no_image,
-            "attention_bias": np.where(visible, np.float32(0), HIDDEN)[None, None],
+            "image_embeds": self._no_image if image_embeds is None or not len(image_embeds) else image_embeds,
+            "attention_bias": attention_bias(visible, np.arange(total), (new, total)),
             "logits_rows": np.array([new - 1]) if logits_rows is None else logits_rows,
             "last_token": np.array([total - 1], np.int32),
             "total_tokens": np.array(total, np.int32),
@@ -160,7 +149,8 @@ def patch_places(grid: tuple[int, int, int], merge: int) -> npt.NDArray[np.int64
     return np.tile(blocks.reshape(-1, 2), (frames, 1)).astype(np.int64)
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The module; raises SonoEdgeError when it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -170,9 +160,9 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def load_graph(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A graph of a bundle, with the settings that every one of them needs."""
-    runtime = _onnxruntime()
+def load_graph(path: Path, threads: int, provider: str = CPU) -> onnxruntime.InferenceSession:
+    """A graph of a bundle on a provider, with the settings that every one of them needs."""
+    runtime = import_onnxruntime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     # Graphs take turns: a pool may spin within its own run only, or it takes the cores from the others.
@@ -181,7 +171,7 @@ def load_graph(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
     try:
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # onnxruntime's own errors share no base class but Exception
         raise SonoEdgeError(
             f"onnxruntime {runtime.__version__} cannot load {path.name} ({error}): build the bundle again"

@@ -22,6 +22,11 @@ BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that 
 Recipe = Annotated[
     str | None, typer.Option(help="TOML file, or the name of a packaged recipe; else the demo's.", show_default=False)
 ]
+Profile = Annotated[str, typer.Option(help="Device profile: an id from `profiles`, or a TOML file.")]
+Backend = Annotated[
+    Literal["tensorrt", "cuda", "cpu"] | None,
+    typer.Option(help="What runs the bundle; else what its device profile names.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
 TimeoutS = Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds of silence.")]
 
@@ -141,18 +146,55 @@ def make_checkpoint(
 @app.command()
 def build(
     checkpoint: Checkpoint,
-    profile: Annotated[str, typer.Option(help="Device profile: an id from `profiles`, or a TOML file.")],
+    profile: Profile,
     calibration: Annotated[
         str, typer.Option(help="EchoVLM conversations (JSON), a folder of pictures, DICOM, or `phantoms`.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")],
     recipe: Recipe = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Region whose measured routing chooses the experts that stay.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint to INT8 for a device and write the bundle that the device serves."""
     from sonoedge.export import build
 
-    build.run(checkpoint, profile, recipe, calibration, out, as_json=as_json)
+    build.run(checkpoint, profile, recipe, calibration, out, preset, as_json=as_json)
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="Checkpoint or bundle.", metavar="CHECKPOINT|BUNDLE")],
+    profile: Profile,
+    recipe: Recipe = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Power mode of the device; else its fastest.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say whether a model fits a device and how fast it will be, before anything is built; exit status 1: no."""
+    from sonoedge.export import plan
+
+    return plan.run(model, profile, recipe, mode, as_json=as_json)
+
+
+@app.command()
+def engine(
+    bundle: BundlePath,
+    profile: Annotated[
+        str | None, typer.Option(help="Device profile; else the one of the bundle.", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compile the kernels and say what would be built.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a bundle's graphs into TensorRT engines, on the device that will run them."""
+    from sonoedge.export.engines import engine
+
+    engine.run(bundle, profile, dry_run, as_json=as_json)
 
 
 @app.command()
@@ -160,20 +202,21 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Checkpoint or bundle.", metavar="CHECKPOINT|BUNDLE")],
     data: Annotated[str, typer.Option(help="`phantoms`: frames whose truth is known.")] = "phantoms",
     frames: Annotated[int, typer.Option(min=1, help="Fresh phantoms to make, or at most this many cases.")] = 500,
+    backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well a checkpoint or a bundle answers."""
     from sonoedge.export import evaluate
 
-    evaluate.run(model, data, frames, as_json=as_json)
+    evaluate.run(model, data, frames, as_json=as_json, backend=backend)
 
 
 @app.command()
-def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
+def verify(bundle: BundlePath, backend: Backend = None, as_json: AsJson = False) -> None:
     """Check a bundle: every hash, then the recorded outputs."""
     from sonoedge import verify
 
-    verify.run(bundle, as_json=as_json)
+    verify.run(bundle, as_json=as_json, backend=backend)
 
 
 @app.command()
@@ -202,12 +245,13 @@ def serve(
     fps: Annotated[
         float | None, typer.Option(min=0.1, help="Frames a second; else the source's own.", show_default=False)
     ] = None,
+    backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
     """Watch a feed, publish hints about it and answer questions."""
     from sonoedge.runtime import serve
 
-    serve.run(bundle, source, bind, hints_bind, once, fps, as_json=as_json)
+    serve.run(bundle, source, bind, hints_bind, once, fps, as_json=as_json, backend=backend)
 
 
 @app.command()
@@ -246,9 +290,10 @@ def bench(
         str | None, typer.Option(help="As for `serve`; else frames made in memory.", show_default=False)
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 20.0,
+    backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure latency by stage and throughput on this machine."""
     from sonoedge.runtime import bench
 
-    bench.run(bundle, source, seconds, as_json=as_json)
+    bench.run(bundle, source, seconds, as_json=as_json, backend=backend)

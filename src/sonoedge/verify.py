@@ -1,6 +1,7 @@
 """`sonoedge verify`: is a bundle whole and unchanged, and does it still give the outputs recorded when it was built?"""
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -18,8 +19,8 @@ class Verified(msgspec.Struct, frozen=True):
     golden_bound: float
 
 
-def run(path: Path, *, as_json: bool) -> None:
-    """Check and report; raises SonoEdgeError naming what differs."""
+def run(path: Path, *, as_json: bool, backend: Literal["tensorrt", "cuda", "cpu"] | None = None) -> None:
+    """Check and report; raises SonoEdgeError naming what differs. `backend` None: the one of the bundle's profile."""
     bundle = open_bundle(path)
     # Hashes are checked before a backend is loaded: a changed graph is never run.
     from sonoedge.runtime import golden
@@ -29,7 +30,7 @@ def run(path: Path, *, as_json: bool) -> None:
         model=bundle.manifest.model.id,
         files=len(bundle.manifest.files),
         bytes=sum(entry.bytes for entry in bundle.manifest.files.values()),
-        golden_error=golden.check(bundle),
+        golden_error=golden.check(bundle, backend),
         golden_bound=bundle.manifest.golden.bound,
     )
     if as_json:
