@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
+from sonoedge.engine_manifest import GET_BUILDER
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.sessions.gpu import GET_CUDA_PYTHON, find_gpu, load_cudart, newest_ptx
-from sonoedge.runtime.sessions.tensorrt import GET_TENSORRT
 
 _BOARD_FILE = Path("/proc/device-tree/model")
 _DEVICE_FILES = (Path("/dev/nvidia0"), Path("/dev/nvhost-gpu"), Path("/dev/nvgpu"))
@@ -62,7 +62,7 @@ def _cuda_python() -> Finding:
 def _tensorrt() -> tuple[Any, Finding]:
     module = _import("tensorrt")
     if isinstance(module, str):
-        meaning = f"Only needed for engines on a Jetson or a server's GPU: {GET_TENSORRT['tensorrt']}."
+        meaning = f"Only needed for engines on a Jetson or a server's GPU: {GET_BUILDER['tensorrt']}."
         return None, Finding("TensorRT", module, False, meaning)
     return module, Finding("TensorRT", str(module.__version__), True, "Engines can be built and run on this machine.")
 
@@ -84,7 +84,7 @@ def _plugins(trt: Any) -> Finding:
 def _tensorrt_rtx() -> Finding:
     name, module = "TensorRT for RTX", _import("tensorrt_rtx")
     if isinstance(module, str):
-        meaning = f"Only needed for engines of RTX profiles: {GET_TENSORRT['tensorrt_rtx']}."
+        meaning = f"Only needed for engines of RTX profiles: {GET_BUILDER['tensorrt_rtx']}."
         return Finding(name, module, False, meaning)
     return Finding(name, str(module.__version__), True, "Engines of RTX profiles can be built here, without a GPU too.")
 

@@ -8,8 +8,7 @@ import onnx_ir as ir
 
 from sonoedge.export.layout import Layout
 from sonoedge.export.passes.base import Pass, PassError
-from sonoedge.export.passes.embeddings import WORDS
-from sonoedge.export.passes.lower_products import BITS
+from sonoedge.export.passes.views import stored_name, view
 
 
 class AttachWeights(Pass):
@@ -26,24 +25,22 @@ class AttachWeights(Pass):
         for name in [name for name in model.graph.initializers if name not in used]:
             del model.graph.initializers[name]
         for name, value in model.graph.initializers.items():
-            if value.const_value is None and _stored(name) not in self._layout.tensors:
+            if value.const_value is None and stored_name(name) not in self._layout.tensors:
                 raise PassError(f"the layout has no {name}")
 
     def apply(self, model: ir.Model) -> None:
         for name, value in model.graph.initializers.items():
             if value.const_value is not None:
                 continue
-            stored = self._layout.tensors[_stored(name)]
+            seen = view(name, self._layout.tensors[stored_name(name)])
             assert value.dtype is not None  # given when it was made
-            assert value.shape is not None
-            shape = value.shape if name.endswith(WORDS) else ir.Shape(stored.shape)
-            value.shape = shape
+            value.shape = ir.Shape(seen.shape)
             value.const_value = ir.ExternalTensor(
                 self._file.name,
-                stored.offset,
-                stored.length,
+                seen.offset,
+                seen.length,
                 value.dtype,
-                shape=shape,
+                shape=ir.Shape(seen.shape),
                 name=name,
                 base_dir=self._file.parent,
             )
@@ -52,11 +49,6 @@ class AttachWeights(Pass):
         for name, value in model.graph.initializers.items():
             if value.const_value is None:
                 raise PassError(f"{name} has no value")
-
-
-def _stored(name: str) -> str:
-    """What the layout calls the bytes that an initializer sees in its own way."""
-    return name.removesuffix(BITS).removesuffix(WORDS)
 
 
 def _used(model: ir.Model) -> set[str]:

@@ -8,11 +8,10 @@ import onnx_ir as ir
 from sonoedge.export.layout import int8_name, scale_name
 from sonoedge.export.passes.base import Pass, marks, name_of, none_left
 from sonoedge.export.passes.emitter import Emitter, initializer, replace
-from sonoedge.export.passes.products import Purpose
+from sonoedge.export.passes.products import Purpose, for_tensorrt
+from sonoedge.export.passes.views import WORD_BYTES, WORDS
 from sonoedge.export.scheme import QuantizationPlan, Scheme
 
-WORDS = "_words"  # suffix of a view of int8 bytes as int32
-WORD_BYTES = 4
 LOWEST = -(2**31)
 
 
@@ -34,7 +33,7 @@ class LowerEmbeddings(Pass):
                 key, shape = str(weight.name), list(weight.shape.numpy()) if weight.shape is not None else []
                 name = int8_name(key, scheme)
                 scales = initializer(model.graph, scale_name(key, scheme), ir.DataType.FLOAT, shape[:1])
-                if self._purpose is Purpose.TENSORRT:
+                if for_tensorrt(self._purpose):
                     words = [shape[0], shape[1] // WORD_BYTES]
                     rows = initializer(model.graph, name + WORDS, ir.DataType.INT32, words)
                     picked = _bytes_of(emit, emit("Gather", rows, ids), shape[1])

@@ -11,12 +11,14 @@ from sonoedge.export.passes.base import Pass, PassError, marks, name_of
 from sonoedge.export.passes.emitter import Attribute, Emitter, filled, initializer, replace
 from sonoedge.export.passes.expert_plugins import Dispatch, ExpertWeights, chosen, grouped
 from sonoedge.export.passes.experts import Shape, experts_function, qmoe
-from sonoedge.export.passes.products import Inputs, Purpose, Weights, needs_bits, needs_zero, product
+from sonoedge.export.passes.products import Inputs, Purpose, Weights, for_tensorrt, needs_bits, needs_zero, product
+from sonoedge.export.passes.views import BITS, part_name, stored_name, view
 from sonoedge.export.plugins.dispatch import BLOCK_ROWS, WIDTH_MULTIPLE
 from sonoedge.export.plugins.registration import NODE_ATTRIBUTES
 from sonoedge.export.scheme import QuantizationPlan, Scheme
 
-BITS = "_bits"  # suffix of a view of int8 bytes as uint8
+# TensorRT moves the split into queries, keys and values through one product of all three, which then runs in float.
+JOINED = {"attn.qkv": 3}  # products whose rows are several products', by the end of the name
 TYPES = {"int8": ir.DataType.INT8, "float32": ir.DataType.FLOAT}
 
 
@@ -63,18 +65,20 @@ class LowerProducts(Pass):
         emit = Emitter(name)
         key = product_key(name, self._config)
         values = key if scheme is Scheme.FLOAT else int8_name(key, scheme)
-        weights = self._weights(graph, scheme, values, scale_name(key, scheme))
+        parts = self._weights(graph, scheme, values, scale_name(key, scheme), self._parts(name, scheme))
+        rows, columns = sum(part.rows for part in parts), parts[0].columns
         # MatMulNBits takes any rank; the others want matrices.
         ranked = len(x.shape) > 2 and not needs_bits(scheme, self._purpose)
-        matrix = self._inputs.flat(emit, x, weights.columns) if ranked else x
+        matrix = self._inputs.flat(emit, x, columns) if ranked else x
         scale = None
         if scheme is Scheme.W8A8:
             scale = self._inputs.scale(emit, x, self._plan.activation_scale(name))
-        result = product(emit, self._inputs, matrix, weights, scheme, self._purpose, scale)
+        results = [product(emit, self._inputs, matrix, part, scheme, self._purpose, scale) for part in parts]
+        result = results[0] if len(results) == 1 else emit("Concat", *results, axis=-1)
         if bias is not None:
             result = emit("Add", result, bias)
         if ranked:  # [1, tokens, out]
-            result = emit("Reshape", result, emit.constant([1, -1, weights.rows]))
+            result = emit("Reshape", result, emit.constant([1, -1, rows]))
         replace(graph, node, emit.nodes, [result])
 
     def _experts(self, model: ir.Model, node: ir.Node) -> None:
@@ -146,27 +150,38 @@ class LowerProducts(Pass):
                     scale = self._plan.activation_scale(f"{name}.{expert}.down_proj")
                     found.insert(len(found), emit.constant(np.array(scale, np.float32)))
                 label = [expert_name(name, expert, part, what) for what in ("values", "scale")]
-                found += [value for value in self._weights(graph, scheme, *label)[2:] if value is not None]
+                (weights,) = self._weights(graph, scheme, *label)
+                found += [value for value in weights[2:] if value is not None]
         return found
 
-    def _weights(self, graph: ir.Graph, scheme: Scheme, values: str, scale: str) -> Weights:
-        """The weights called `values` as initializers, with what the scheme needs beside them."""
-        rows, columns = self._layout.tensors[values].shape
-        return Weights(
-            rows,
-            columns,
-            self._stored(graph, values, bits=needs_bits(scheme, self._purpose)),
-            None if scheme is Scheme.FLOAT else self._stored(graph, scale),
-            filled(graph, f"{values}_zero", np.zeros(self._layout.tensors[scale].shape, np.int8))
-            if needs_zero(scheme, self._purpose)
-            else None,
-        )
+    def _parts(self, name: str, scheme: Scheme) -> int:
+        """How many products stand for the product `name`."""
+        if scheme is Scheme.FLOAT or not for_tensorrt(self._purpose):
+            return 1
+        return next((parts for end, parts in JOINED.items() if name.endswith(end)), 1)
+
+    def _weights(self, graph: ir.Graph, scheme: Scheme, values: str, scale: str, parts: int = 1) -> list[Weights]:
+        """The weights called `values`, in equal parts of their rows, as initializers with what the scheme needs."""
+        found: list[Weights] = []
+        for index in range(parts):
+            names = (values, scale) if parts == 1 else tuple(part_name(n, index, parts) for n in (values, scale))
+            rows, columns = view(names[0], self._layout.tensors[values]).shape
+            zero = None
+            if needs_zero(scheme, self._purpose):
+                shape = view(names[1], self._layout.tensors[scale]).shape
+                zero = filled(graph, f"{names[0]}_zero", np.zeros(shape, np.int8))
+            held = self._stored(graph, names[0], bits=needs_bits(scheme, self._purpose))
+            found.append(
+                Weights(rows, columns, held, None if scheme is Scheme.FLOAT else self._stored(graph, names[1]), zero)
+            )
+        return found
 
     def _stored(self, graph: ir.Graph, name: str, *, bits: bool = False) -> ir.Value:
-        stored = self._layout.tensors[name]
+        stored = self._layout.tensors[stored_name(name)]
+        shape = view(name, stored).shape
         if bits:
-            return initializer(graph, name + BITS, ir.DataType.UINT8, stored.shape)
-        return initializer(graph, name, TYPES[stored.dtype], stored.shape)
+            return initializer(graph, name + BITS, ir.DataType.UINT8, shape)
+        return initializer(graph, name, TYPES[stored.dtype], shape)
 
     def ensures(self, model: ir.Model) -> None:
         for node in marks(model, "Linear", "Experts"):

@@ -26,6 +26,11 @@ class Purpose(Enum):
     TOKEN = "token"  # ONNX Runtime, one token at a time: the memory's speed decides
 
 
+def for_tensorrt(purpose: Purpose) -> bool:
+    """Whether TensorRT reads the graph: its newer releases the one, JetPack 6's the portable one."""
+    return purpose in (Purpose.PORTABLE, Purpose.TENSORRT)
+
+
 def opset(purpose: Purpose) -> int:
     """The version of the standard operators in a graph."""
     return TENSORRT_OPSET if purpose is Purpose.TENSORRT else OPSET

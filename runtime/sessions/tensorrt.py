@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sonoedge.bundle import Bundle
-from sonoedge.engine_manifest import Bucket, Builder, EngineSet, engines_folder
+from sonoedge.engine_manifest import GET_BUILDER, Bucket, Builder, EngineSet, engines_folder
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.preprocess import ImageSpec, Patches
 from sonoedge.runtime.sessions.base import DecoderSpec
@@ -25,14 +25,6 @@ from sonoedge.runtime.sessions.gpu import find_gpu, free_bytes, load_cudart
 from sonoedge.runtime.sessions.kv_cache import KvCache, cache_bytes
 from sonoedge.runtime.sessions.masks import attention_bias
 from sonoedge.runtime.sessions.ort import patch_places
-
-GET_TENSORRT: dict[Builder, str] = {
-    "tensorrt": (
-        "on a Jetson it comes with JetPack (apt-get install python3-libnvinfer, then create the environment with "
-        "--system-site-packages), elsewhere from NVIDIA's own package index"
-    ),
-    "tensorrt_rtx": "pip install tensorrt-rtx",
-}
 
 
 def open_session(bundle: Bundle) -> TensorRtSession:
@@ -59,7 +51,7 @@ def load_tensorrt(builder: Builder) -> TensorRt:
         module: Any = importlib.import_module(builder)
     except (ImportError, OSError) as error:  # OSError: its own libraries are missing
         raise SonoEdgeError(
-            f"{builder} cannot be imported ({error}), which the engines need: {GET_TENSORRT[builder]}"
+            f"{builder} cannot be imported ({error}), which the engines need: {GET_BUILDER[builder]}"
         ) from error
     loaded: TensorRt = module
     return loaded
@@ -113,6 +105,7 @@ class TensorRtSession:
         self._in_place = all(engine.cache_in_place for engine, _ in decoders)
         tokens = decoders[0][1].largest_shape("past_key_0", 0)[2]
         self._cache = KvCache(self._device, self.spec, tokens, buckets, cache_type, in_place=self._in_place)
+        self._fewest = min((bucket.rows for bucket in buckets), default=1)  # one token, padded where that is faster
         self._vision: list[_Place] = []
         self._places: list[_Place] = []
         for engine, plan in plans:
@@ -134,7 +127,7 @@ class TensorRtSession:
                         scratch,
                         output="logits",
                         bound=self._cache.bound(),
-                        captured=bucket.rows == 1,
+                        captured=bucket.rows == self._fewest,
                     )
                     self._places.append(_Place(bucket, step))
         self._check_reach()
@@ -159,9 +152,9 @@ class TensorRtSession:
     def _check_reach(self) -> None:
         """Refuse engines that would fail in the middle of a conversation."""
         buckets = [place.bucket for place in self._places]
-        # One token at a time reaches the end of a cache without room for padding.
-        reach = max((bucket.seen for bucket in buckets if bucket.rows == 1), default=0)
-        reach = min(reach, self._cache.tokens)
+        # The smallest pass reaches furthest into a cache that has no room for padding.
+        reach = max((bucket.seen for bucket in buckets if bucket.rows == self._fewest), default=0)
+        reach = min(reach, self._cache.tokens - (self._fewest - 1 if self._in_place else 0))
         if reach < self.spec.context:
             raise SonoEdgeError(
                 f"the engines hold {reach} tokens and the bundle promises a context of {self.spec.context}: run "
@@ -246,7 +239,7 @@ class TensorRtSession:
         }
         if self._in_place:
             inputs["write_at"] = np.array([before])
-        if pictures is not None or bucket.rows == 1:  # a CUDA graph takes up every input, every time
+        if pictures is not None or bucket.rows == self._fewest:  # a CUDA graph takes up every input, every time
             image_embeds = np.zeros((bucket.images, self.spec.hidden), np.float32)
             image_embeds[: 0 if pictures is None else len(pictures)] = 0 if pictures is None else pictures
             inputs["image_embeds"] = image_embeds

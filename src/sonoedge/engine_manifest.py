@@ -14,6 +14,15 @@ FORMAT_VERSION = 1
 Builder = Literal["tensorrt", "tensorrt_rtx"]
 Count = Annotated[int, msgspec.Meta(gt=0)]
 
+# How to get the library that builds and runs engines, as messages say it.
+GET_BUILDER: dict[Builder, str] = {
+    "tensorrt": (
+        "on a Jetson it comes with JetPack (apt-get install python3-libnvinfer, then create the environment with "
+        "--system-site-packages), elsewhere from NVIDIA's own package index"
+    ),
+    "tensorrt_rtx": "pip install 'sonoedge[rtx]', on x86-64",
+}
+
 
 class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes that one optimization profile of an engine is made for, all of them fixed.

@@ -349,12 +349,19 @@ def test_all_graphs_name_one_file_that_holds_everything_once(
                 small += len(tensor.raw_data)
                 continue
             assert entries["location"] == "model.weights"
-            stored = layout.tensors[tensor.name.removesuffix("_bits").removesuffix("_words")]
-            assert (int(entries["offset"]), int(entries["length"])) == (stored.offset, stored.length)
+            name, _, part = tensor.name.removesuffix("_bits").removesuffix("_words").partition("_part")
+            stored, parts = layout.tensors[name], 1
+            offset, length = int(entries["offset"]), int(entries["length"])
+            if part:
+                assert ".attn.qkv." in name
+                index, parts = (int(n) for n in part.split("of"))
+                offset -= index * length
+                assert 0 <= index < parts == 3
+            assert (offset, length * parts) == (stored.offset, stored.length)
             if tensor.name.endswith("_words"):
                 assert tuple(tensor.dims) == (stored.shape[0], stored.shape[1] // 4)
             else:
-                assert tuple(tensor.dims) == stored.shape
+                assert tuple(tensor.dims) == (stored.shape[0] // parts, *stored.shape[1:])
             used.add((stored.offset, stored.offset + stored.length))
         assert small < 20_000, "a second copy of weights"
     assert (graphs.folder / "model.weights").stat().st_size == layout.size

@@ -66,7 +66,7 @@ def test_a_machine_with_nothing_is_told_how_to_get_it(machine: Callable[..., dic
     for name, way in (
         ("cuda-python", "pip install 'sonoedge[jetson]'"),
         ("TensorRT", "apt-get install python3-libnvinfer"),
-        ("TensorRT for RTX", "pip install tensorrt-rtx"),
+        ("TensorRT for RTX", "pip install 'sonoedge[rtx]'"),
         ("Triton", "pip install 'sonoedge[export]'"),
     ):
         assert found[name].value == "not installed"

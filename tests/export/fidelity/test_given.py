@@ -7,8 +7,8 @@ import pytest
 
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.fidelity.answers import Asker
-from sonoedge.export.fidelity.given import GivenCase, measure_given
+from sonoedge.export.fidelity.answers import Asker, spoken
+from sonoedge.export.fidelity.given import GivenCase, RecordedCase, measure_given, measure_recorded
 from sonoedge.export.fidelity.measure import Variant
 from sonoedge.export.fidelity.metrics import kl_divergence
 from sonoedge.export.fidelity.probes import TorchProbe
@@ -81,3 +81,25 @@ def test_the_divergence_is_that_of_the_given_rows(recorded: list[GivenCase], var
 def test_nothing_to_compare_is_refused(variant: Make) -> None:
     with pytest.raises(SonoEdgeError, match="at least one case"):
         measure_given([], {"v": variant(0)})
+
+
+def test_recorded_logits_of_both_models_are_compared(recorded: list[GivenCase]) -> None:
+    """As if each were a session; the image token, which no answer can hold, is out of reach for both."""
+    image = 511
+    cases = []
+    for case in recorded:
+        other = case.logits[:, ::-1].copy()
+        other[:, image] = 1e3
+        cases.append(RecordedCase(case.name, case.logits, other))
+    found = measure_recorded("other", cases, image)
+    kl = np.concatenate([kl_divergence(*(spoken(x, image, "x") for x in (c.reference, c.variant))) for c in cases])
+    assert found.shipped == "other"
+    assert found.frames == len(cases)
+    assert found.metrics.divergence.mean == pytest.approx(kl.mean())
+    assert found.metrics.divergence.largest == pytest.approx(kl.max())
+    assert "does not fit in memory" in found.metrics.not_measured["answers"]
+    same = measure_recorded("same", [RecordedCase(c.name, c.reference, c.reference) for c in cases], image)
+    assert same.metrics.divergence.largest == 0
+    cases[0].variant[0, 0] = np.nan
+    with pytest.raises(SonoEdgeError, match="other gives logits that are not finite"):
+        measure_recorded("other", cases, image)

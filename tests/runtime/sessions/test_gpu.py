@@ -25,7 +25,7 @@ def names(protocol: type) -> set[str]:
 
 def test_tensorrt_has_every_name_that_is_used(fake: Any) -> None:
     """TensorRT for RTX has the names of TensorRT, and can be installed anywhere."""
-    trt = pytest.importorskip("tensorrt_rtx", reason="waits for tensorrt-rtx: pip install tensorrt-rtx")
+    trt = pytest.importorskip("tensorrt_rtx", reason="waits for tensorrt-rtx: pip install 'sonoedge[rtx]'")
     for protocol, owner in ((TensorRt, trt), (LoadedEngine, trt.ICudaEngine), (Context, trt.IExecutionContext)):
         assert names(protocol)
         assert {name for name in names(protocol) if not hasattr(owner, name)} == set()
@@ -44,7 +44,7 @@ def test_tensorrt_has_every_name_that_is_used(fake: Any) -> None:
 
 @pytest.mark.parametrize(("protocol", "real"), [(LoadedEngine, "ICudaEngine"), (Context, "IExecutionContext")])
 def test_tensorrt_calls_pass_as_many_arguments_as_it_takes(protocol: type, real: str) -> None:
-    trt = pytest.importorskip("tensorrt_rtx", reason="waits for tensorrt-rtx: pip install tensorrt-rtx")
+    trt = pytest.importorskip("tensorrt_rtx", reason="waits for tensorrt-rtx: pip install 'sonoedge[rtx]'")
     owner = getattr(trt, real)
     for name in names(protocol):
         ours = vars(protocol).get(name)

@@ -1,0 +1,1 @@
+"""TensorRT engines of a bundle for one device profile: built, inspected, checked, written."""
