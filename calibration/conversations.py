@@ -33,6 +33,12 @@ class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
     image: tuple[str, ...]  # paths; as read they are resolved against the file's folder
     conversations: tuple[Turn, ...]
     phantom: Truth | None = None  # the truth, where the case is a phantom
+    region: str | None = None  # what the images show, where the file says it; a phantom's truth says it too
+
+    @property
+    def shown(self) -> str | None:
+        """The region that the images show, None where it is not known."""
+        return self.phantom.region if self.region is None and self.phantom is not None else self.region
 
     @property
     def system(self) -> str | None:

@@ -89,9 +89,9 @@ def mirror(frame: LabelledFrame) -> LabelledFrame:
     return LabelledFrame(np.ascontiguousarray(frame.grey[:, ::-1]), classes, truth)
 
 
-def render(seed: int, spec: ImageSpec) -> LabelledFrame:
-    """Render one phantom and bring it to the model's resolution with the runtime's own resize."""
-    frame = phantom(seed, size=RENDERED_PX)
+def render(seed: int, spec: ImageSpec, region: str | None = None) -> LabelledFrame:
+    """Render one phantom (of `region`, if given) and bring it to the model's resolution with the runtime's resize."""
+    frame = phantom(seed, size=RENDERED_PX, region=region)
     grey = np.ascontiguousarray(resized(frame.image, spec)[..., 0])  # [S, S]
     grid = (grey.shape[1] // spec.patch_size, grey.shape[0] // spec.patch_size)
     cover = cv2.resize(frame.lesion_mask.astype(np.float32), grid, interpolation=cv2.INTER_AREA)  # [G, G]
@@ -102,25 +102,33 @@ def render(seed: int, spec: ImageSpec) -> LabelledFrame:
 
 
 def phantom_pool(
-    folder: Path, frames: int, *, first_seed: int, spec: ImageSpec, label: str = "render phantoms", workers: int = 0
+    folder: Path,
+    frames: int,
+    *,
+    first_seed: int,
+    spec: ImageSpec,
+    region: str | None = None,
+    label: str = "render phantoms",
+    workers: int = 0,
 ) -> PhantomPool:
     """Render `frames` phantoms from `first_seed` on into `folder`; chunks there are kept, so a killed run resumes.
 
-    Raises SonoEdgeError when `frames` is not positive, and for a chunk of another resolution or that is damaged.
+    region: what all of them show (None: as their seeds say). Raises SonoEdgeError when `frames` is not positive, and
+    for a chunk of another resolution or that is damaged.
     """
     if frames <= 0:
         raise SonoEdgeError(f"frames = {frames}: a pool needs at least one phantom frame")
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(first_seed, first_seed + frames, CHUNK)
-    jobs = [(folder, start, min(CHUNK, first_seed + frames - start), spec) for start in starts]
-    missing = [job for job in jobs if not _chunk_path(*job[:3]).exists()]
+    jobs = [(folder, start, min(CHUNK, first_seed + frames - start), region, spec) for start in starts]
+    missing = [job for job in jobs if not _chunk_path(*job[:4]).exists()]
     # Fresh processes: forking one that already runs OpenMP threads can deadlock.
     processes = ProcessPoolExecutor(workers or os.cpu_count() or 1, mp_context=get_context("spawn"))
     with track(label, frames) as advance, processes:
         advance(frames - sum(job[2] for job in missing))
         for rendered in processes.map(_render_chunk, missing):
             advance(rendered)
-    chunks = [_read_chunk(_chunk_path(*job[:3]), spec) for job in jobs]
+    chunks = [_read_chunk(_chunk_path(*job[:4]), spec) for job in jobs]
     return PhantomPool(
         first_seed,
         np.concatenate([chunk[0] for chunk in chunks]),
@@ -129,15 +137,15 @@ def phantom_pool(
     )
 
 
-def _chunk_path(folder: Path, start: int, frames: int) -> Path:
-    return folder / f"phantoms-{start}-{frames}.npz"
+def _chunk_path(folder: Path, start: int, frames: int, region: str | None) -> Path:
+    return folder / f"phantoms-{start}-{frames}{'' if region is None else f'-{region}'}.npz"
 
 
-def _render_chunk(job: tuple[Path, int, int, ImageSpec]) -> int:
-    folder, start, frames, spec = job
-    path = _chunk_path(folder, start, frames)
+def _render_chunk(job: tuple[Path, int, int, str | None, ImageSpec]) -> int:
+    folder, start, frames, region, spec = job
+    path = _chunk_path(folder, start, frames, region)
     cv2.setNumThreads(1)
-    rendered = [render(seed, spec) for seed in range(start, start + frames)]
+    rendered = [render(seed, spec, region) for seed in range(start, start + frames)]
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         np.savez(

@@ -26,6 +26,7 @@ from sonoedge.export.build_work import BuildWork
 from sonoedge.export.bundle_graphs import DECODE, DECODER, VISION, WEIGHTS, stage_costs, write_graphs
 from sonoedge.export.checkpoint_files import image_spec, is_random, open_tokenizer
 from sonoedge.export.corpus import Corpus, PhantomCorpus, open_corpus
+from sonoedge.export.expert_kernels import add_kernels, experts_spec, plugin_experts
 from sonoedge.export.fidelity.cases import Cases, ConversationCases, PhantomCases
 from sonoedge.export.fidelity_check import compare_with_float, has_floors, write_reports
 from sonoedge.export.golden_cases import record_golden
@@ -34,6 +35,9 @@ from sonoedge.export.layout import Layout, plan_layout
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.loading import open_checkpoint
 from sonoedge.export.models.shards import TensorHeader, read_headers
+from sonoedge.export.preset import CHECKPOINT as PINNED
+from sonoedge.export.preset import PresetData, file_preset, phantom_preset, pin_experts, require_preset
+from sonoedge.export.preset_cost import Pinning, floors_of, write_cost
 from sonoedge.export.quantizing import Quantized, quantize, require_legal
 from sonoedge.export.recipe import Recipe, load_recipe
 from sonoedge.export.torch_session import decoder_spec
@@ -51,6 +55,7 @@ INTENDED_USE = (
 TOOLCHAIN = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 THREADS = 2
 BYTES_A_PARAMETER = 9  # the float32 model and two forms of its int8 graphs
+PINNED_BYTES_A_PARAMETER = 4  # the float32 model of a preset beside the one with all experts
 MEMORY_SHARE = 0.6  # of what is free now
 
 
@@ -61,6 +66,7 @@ class Data(msgspec.Struct, frozen=True):
     identity: str  # hash of what the samples are
     known: PhantomPool | None = None
     cases: Cases | None = None  # questions on which INT8 is compared with float
+    preset: PresetData | None = None  # where the bundle is for one region
 
 
 class _Job(msgspec.Struct, frozen=True):
@@ -85,7 +91,13 @@ class _Job(msgspec.Struct, frozen=True):
     @property
     def fits(self) -> bool:
         """Whether the float model and its int8 graphs can be in memory together."""
-        return self.parameters * BYTES_A_PARAMETER < MEMORY_SHARE * int(psutil.virtual_memory().available)
+        each = BYTES_A_PARAMETER + (PINNED_BYTES_A_PARAMETER if self.data.preset else 0)
+        return self.parameters * each < MEMORY_SHARE * int(psutil.virtual_memory().available)
+
+    def of(self, checkpoint: Path) -> _Job:
+        """The same job on another checkpoint."""
+        config, headers = open_checkpoint(checkpoint)
+        return msgspec.structs.replace(self, checkpoint=checkpoint, config=config, headers=headers)
 
 
 def build_bundle(checkpoint: Path, recipe: Recipe, profile: str, data: Data, out: Path, *, name: str) -> Built:
@@ -110,18 +122,24 @@ def build_bundle(checkpoint: Path, recipe: Recipe, profile: str, data: Data, out
         is_random(checkpoint),
     )
     whole = job.fits
-    floors = recipe.fidelity is not None and has_floors(recipe.fidelity)
+    compared = {"fidelity": recipe.fidelity, "preset": None if data.preset is None else floors_of(data.preset.settings)}
+    floors = [section for section, settings in compared.items() if settings is not None and has_floors(settings)]
     if floors and not whole and not job.random:
         raise SonoEdgeError(
-            "[fidelity] has floors, and the float model and its graphs do not fit in this machine's memory together: "
-            "build on a larger machine, or leave the floors out of the recipe"
+            f"[{floors[0]}] has floors, and the float model and its graphs do not fit in this machine's memory "
+            "together: build on a larger machine, or leave the floors out of the recipe"
         )
     with BuildWork(out, _identity(job)) as work:
-        made = quantize(checkpoint, recipe, job.device, data.corpus, tokenizer, job.spec, work.folder, whole=whole)
-        layout = plan_layout(config, made.plan)
+        pinning = None
+        if data.preset is not None:
+            pinned = pin_experts(checkpoint, data.preset, tokenizer, job.spec, recipe.limits.context, work.folder)
+            pinning = Pinning(checkpoint, config, pinned, data.preset)
+            job = job.of(work.folder / PINNED)
+        made = quantize(job.checkpoint, recipe, job.device, data.corpus, tokenizer, job.spec, work.folder, whole=whole)
+        layout = plan_layout(job.config, made.plan)
         kept = _write_weights(work, made, layout)
         with BundleWriter(out, work.bundle) as writer:
-            return _assemble(job, made, layout, kept, work, writer, whole=whole)
+            return _assemble(job, made, layout, kept, work, writer, pinning, whole=whole)
 
 
 def _write_weights(work: BuildWork, made: Quantized, layout: Layout) -> int:
@@ -133,13 +151,25 @@ def _write_weights(work: BuildWork, made: Quantized, layout: Layout) -> int:
 
 
 def _assemble(
-    job: _Job, made: Quantized, layout: Layout, kept: int, work: BuildWork, writer: BundleWriter, *, whole: bool
+    job: _Job,
+    made: Quantized,
+    layout: Layout,
+    kept: int,
+    work: BuildWork,
+    writer: BundleWriter,
+    pinning: Pinning | None,
+    *,
+    whole: bool,
 ) -> Built:
     """All the bundle's files around its weights; the session that will serve measures them where it fits in memory."""
     recipe, context = job.recipe, job.recipe.limits.context
     two_forms = recipe.quantization.graphs == "speed"
     decoder = decoder_spec(job.config, context)
-    graphs = write_graphs(job.config, made.plan, layout, context, writer, two_forms=two_forms)
+    experts = experts_spec(job.config)
+    plugins = plugin_experts(experts, job.device)
+    rows = None if plugins is None else plugins.block_rows
+    graphs = write_graphs(job.config, made.plan, layout, context, writer, two_forms=two_forms, block_rows=rows)
+    kernels = add_kernels(plugins, job.device, graphs, writer)
     work.link_weights(writer.add(WEIGHTS))
     writer.add("calibration.json").write_bytes(made.table.encoded())
     shutil.copyfile(job.checkpoint / TOKENIZER_FILE, writer.add(TOKENIZER_FILE))
@@ -150,16 +180,23 @@ def _assemble(
         vision, many = writer.add(VISION.graph.path), writer.add(DECODER.graph.path)
         one = writer.add(DECODE.graph.path) if two_forms else None
         session = OrtSession(vision, many, job.spec, decoder, decode=one, threads=THREADS)
-    golden = record_golden(job.checkpoint, session, job.data.corpus, job.tokenizer, job.spec, recipe.limits, writer)
+    shown = job.data.corpus if pinning is None else pinning.data.corpus
+    golden = record_golden(job.checkpoint, session, shown, job.tokenizer, job.spec, recipe.limits, writer)
     trust = Trust()
     if session is not None and job.data.known is not None and recipe.hints is not None and not job.random:
         trust = fit_trust(session, job.tokenizer, job.data.known, recipe.hints, writer)
     faults = None
+    if session is not None and job.data.cases is not None and recipe.fidelity is not None:
+        cases = job.data.cases
+        found = compare_with_float(job.checkpoint, made, session, trust.hints, job.tokenizer, cases, writer)
+        if pinning is not None:
+            found = msgspec.structs.replace(found, reference=f"float pinned for {pinning.data.region}")
+        faults = write_reports(found, recipe.fidelity, cases, writer, gated=not job.random)
+    cost = None
+    if pinning is not None:
+        cost = pinning.cost(job.checkpoint, made.plan, session, trust.hints, job.tokenizer, job.spec, context)
+        cost = write_cost(cost, pinning.data, writer, gated=not job.random)
     if session is not None:
-        if job.data.cases is not None and recipe.fidelity is not None:
-            cases = job.data.cases
-            found = compare_with_float(job.checkpoint, made, session, trust.hints, job.tokenizer, cases, writer)
-            faults = write_reports(found, recipe.fidelity, cases, writer, gated=not job.random)
         session.close()
     prompt = _hash(schema_file.read_text(), msgspec.json.encode(SYSTEM, order="sorted").decode())
     contents = Contents(
@@ -175,8 +212,13 @@ def _assemble(
         stages=stage_costs(job.config, layout),
         hint_calibration=trust.hints,
         familiarity=trust.familiarity,
+        preset=None if pinning is None else pinning.data.region,
+        experts=experts,
+        kernels=kernels,
     )
-    return Built(writer.commit(contents), made.quantized_share, golden.error, trust.errors, kept, faults, made.tuning)
+    return Built(
+        writer.commit(contents), made.quantized_share, golden.error, trust.errors, kept, faults, made.tuning, cost
+    )
 
 
 def _identity(job: _Job) -> str:
@@ -184,7 +226,8 @@ def _identity(job: _Job) -> str:
     files = sorted({header.file for header in job.headers.values()})
     config = (job.checkpoint / "config.json").read_text()
     tokens = (job.checkpoint / TOKENIZER_FILE).read_text(encoding="utf-8")
-    asked = msgspec.json.encode((job.device, job.spec), order="sorted").decode()
+    region = job.data.preset.region if job.data.preset else None
+    asked = msgspec.json.encode((job.device, job.spec, region), order="sorted").decode()
     return _hash(__version__, job.recipe.sha256, asked, config, tokens, job.data.identity, *map(_stamp, files))
 
 
@@ -201,19 +244,32 @@ def _hash(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def run(checkpoint: Path, profile: str, recipe: str | None, calibration: str, out: Path, as_json: bool) -> None:
-    """The verb: build CHECKPOINT into the bundle OUT for a device profile."""
+def run(
+    checkpoint: Path,
+    profile: str,
+    recipe: str | None,
+    calibration: str,
+    out: Path,
+    preset: str | None = None,
+    *,
+    as_json: bool,
+) -> None:
+    """The verb: build CHECKPOINT into the bundle OUT for a device profile, its experts pinned for the region PRESET."""
     settings = load_recipe(recipe)
     require_legal(settings, load_profile(profile))
     refuse_existing(out)
     config, _ = open_checkpoint(checkpoint)
+    wanted = None if preset is None else require_preset(preset, settings, config)
     spec = image_spec(checkpoint)
     open_tokenizer(checkpoint, config)  # refused now, not after minutes of rendering
     with TemporaryDirectory(prefix="sonoedge-") as work:
         if calibration == "phantoms":
             data = phantom_data(Path(work), spec, settings, hints=not is_random(checkpoint))
+            of_region = phantom_preset(Path(work), wanted, spec) if wanted else None
         else:
             data = file_data(Path(calibration), Path(work), spec, settings)
+            of_region = file_preset(Path(calibration), data.corpus, wanted) if wanted else None
+        data = msgspec.structs.replace(data, preset=of_region)
         built = build_bundle(checkpoint, settings, profile, data, out, name=checkpoint.resolve().name)
     report(out, built, as_json)
 

@@ -51,6 +51,10 @@ class Corpus(Protocol):
         """How many samples there are."""
         ...
 
+    def region(self, index: int) -> str | None:
+        """What sample `index` shows, told without reading it; None where it is not known."""
+        ...
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Sample `index`, its variations drawn by `rng`; raises SonoEdgeError naming a file that cannot be read."""
         ...
@@ -67,6 +71,9 @@ class PhantomCorpus:
 
     def __len__(self) -> int:
         return len(self._pool)
+
+    def region(self, index: int) -> str | None:
+        return self._pool.truths[index].region
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         frame = self._pool.mirrored(index) if rng.random() < 0.5 else self._pool[index]
@@ -94,12 +101,14 @@ class ConversationCorpus:
     def __len__(self) -> int:
         return len(self._cases)
 
+    def region(self, index: int) -> str | None:
+        return self._cases[index].shown
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:  # noqa: ARG002 (a file's cases do not vary)
         case = self._cases[index]
         images = tuple(_patches(read_picture(Path(path)), path, self._spec) for path in case.image)
         asked = tuple(Branch(question.replace(IMAGE_MARK, "").strip(), answer) for question, answer in case.exchanges)
-        region = case.phantom.region if case.phantom else None
-        return Sample(images, asked, f"case {case.id!r} of {self._path}", region)
+        return Sample(images, asked, f"case {case.id!r} of {self._path}", case.shown)
 
 
 class FrameCorpus:
@@ -117,9 +126,30 @@ class FrameCorpus:
     def __len__(self) -> int:
         return len(self._frames)
 
+    def region(self, index: int) -> str | None:  # noqa: ARG002 (a picture does not say what it shows)
+        return None
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         name = self._frames.name(index)
         return Sample((_patches(self._frames[index], name, self._spec),), possible_branches(index, rng), name)
+
+
+class PartOf:
+    """Some samples of another corpus."""
+
+    def __init__(self, corpus: Corpus, picked: Sequence[int]) -> None:
+        """Take the samples with the indices `picked`."""
+        self._corpus, self._picked = corpus, picked
+        self.answered, self.files = corpus.answered, corpus.files
+
+    def __len__(self) -> int:
+        return len(self._picked)
+
+    def region(self, index: int) -> str | None:
+        return self._corpus.region(self._picked[index])
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        return self._corpus.sample(self._picked[index], rng)
 
 
 def _patches(picture: npt.NDArray[np.uint8], name: str, spec: ImageSpec) -> Patches:

@@ -66,16 +66,23 @@ def compare_with_float(
 
 
 def write_reports(
-    fidelity: Fidelity, settings: Settings, cases: Cases, writer: BundleWriter, *, gated: bool
+    fidelity: Fidelity,
+    settings: Settings,
+    cases: Cases,
+    writer: BundleWriter,
+    *,
+    gated: bool,
+    name: str = "fidelity",
+    way_out: str = "give wider schemes, [search] or [qat], or lower the floor",
 ) -> tuple[str, ...] | None:
-    """Write `reports/fidelity.json` and `.html` and return the floors that are missed, None when the recipe has none.
+    """Write `reports/NAME.json` and `.html` and return the floors that are missed, None when the recipe has none.
 
-    gated: a build below a floor fails. Raises SonoEdgeError naming what is missed, with the reports left beside the
-    bundle that is not made.
+    gated: a build below a floor fails. Raises SonoEdgeError naming what is missed and the way out, with the reports
+    left beside the bundle that is not made.
     """
     faults = missed(fidelity, settings) if has_floors(settings) else None
     told = msgspec.structs.replace(fidelity, missed=faults)
-    page, data = writer.add(f"{FOLDER}/fidelity.html"), writer.add(f"{FOLDER}/fidelity.json")
+    page, data = writer.add(f"{FOLDER}/{name}.html"), writer.add(f"{FOLDER}/{name}.json")
     data.write_bytes(report_json(told))
     page.write_text(report_html(told, cases), encoding="utf-8")
     if faults and gated:
@@ -83,7 +90,6 @@ def write_reports(
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(page.parent, kept)
         raise SonoEdgeError(
-            f"the bundle is below the floors of its recipe: {'; '.join(faults)}: see {kept / page.name}, then give "
-            "wider schemes, [search] or [qat], or lower the floor"
+            f"the bundle is below the floors of its recipe: {'; '.join(faults)}: see {kept / page.name}, then {way_out}"
         )
     return faults

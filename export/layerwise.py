@@ -62,17 +62,27 @@ def reference_logits(checkpoint: Path, batches: Sequence[Batch], rows: Sequence[
 
     rows: int64 [r] picks tokens of every sequence, None takes all; gives float32 [r, vocab] each.
     """
-    weights = Weights(checkpoint)
+    hidden = final_hidden(checkpoint, batches, rows)
+    return head_logits(Weights(checkpoint), hidden)
+
+
+@torch.no_grad()
+def final_hidden(checkpoint: Path, batches: Sequence[Batch], rows: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """What the head of the float model reads: float32 [r, hidden] for each batch; see `reference_logits`."""
     passages = [passage(batch) for batch in batches]
 
     def through(block: Block, some: Sequence[Passage]) -> None:
         for one in some:
             one.x = block.run(one)
 
-    stream(weights, passages, through, "run the float model")
+    stream(Weights(checkpoint), passages, through, "run the float model")
     hidden = [one.x[0] for one in passages]  # [S, hidden] each
-    if rows is not None:
-        hidden = [x[picked] for x, picked in zip(hidden, rows, strict=True)]
+    return hidden if rows is None else [x[picked] for x, picked in zip(hidden, rows, strict=True)]
+
+
+@torch.no_grad()
+def head_logits(weights: Weights, hidden: Sequence[Tensor]) -> list[Tensor]:
+    """Logits [r, vocab] of final hidden states [r, hidden], the head's rows read a few at a time."""
     logits = [torch.empty(x.shape[0], weights.config.vocab_size) for x in hidden]
     for first, part in weights.chunks(weights.head_key):
         for x, out in zip(hidden, logits, strict=True):

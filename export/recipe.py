@@ -111,6 +111,27 @@ class Qat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     temperature: Positive
 
 
+class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which experts stay in a bundle for one region; read where `build` is asked for one with --preset.
+
+    "pin" leaves the experts that stay as they are, "merge" lets them take over, by least squares, what the others gave.
+    experts: how many stay in each layer; or mass: as many as carry this share of the region's routing in every layer.
+    """
+
+    method: Literal["pin", "merge"]
+    first_frame_seed: Seed
+    frames: Count  # of the region, on which routing is measured; as many of all regions are laid beside them
+    compared_frames: Count  # of the region, on which the cost is measured
+    experts: Count | None = None
+    mass: Share | None = None
+    least_answers: Share | None = None  # floors against the model with all experts (None: reported only)
+    largest_kl: Positive | None = None
+
+    def __post_init__(self) -> None:
+        if (self.experts is None) == (self.mass is None):
+            raise ValueError("give one of the keys `experts` and `mass`")
+
+
 class Hints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How hints learn when to be silent."""
 
@@ -140,6 +161,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     qat: Qat | None = None
     search: Search | None = None
     fidelity: Fidelity | None = None
+    preset: Preset | None = None
 
     @property
     def sha256(self) -> str:

@@ -106,6 +106,20 @@ class ConversationCases:
         )
 
 
+class PartOf:
+    """Some of other cases."""
+
+    def __init__(self, cases: Cases, picked: Sequence[int]) -> None:
+        """Take the cases with the indices `picked`."""
+        self._cases, self._picked = cases, picked
+
+    def __len__(self) -> int:
+        return len(self._picked)
+
+    def __getitem__(self, index: int) -> Case:
+        return self._cases[self._picked[index]]
+
+
 def _joined(asked: Sequence[Asked]) -> str:
     return " ".join(question.text for question in asked)
 

@@ -73,6 +73,28 @@ def measure_given(
     )
 
 
+class RecordedCase(msgspec.Struct, frozen=True):
+    """What two models that fit no memory made of one sequence: logits [r, vocab] where its answers are due."""
+
+    name: str
+    reference: Floats
+    variant: Floats
+
+
+def measure_recorded(shipped: str, cases: Iterable[RecordedCase], image_token_id: int) -> Fidelity:
+    """Compare recorded logits of the variant `shipped` with the float model's; there is at least one case.
+
+    Raises SonoEdgeError for logits that are not finite.
+    """
+    tally, worst = Tally(0), []
+    for index, case in enumerate(cases):
+        wanted = spoken(case.reference, image_token_id, "the float model")
+        kl = tally.tokens(wanted, spoken(case.variant, image_token_id, shipped))
+        worst.append(WorstCase(index, case.name, float(kl.max()), float(kl.mean())))
+    reasons = dict.fromkeys(NOT_ANSWERED, REASON) | {"router": NO_PROBE, "hidden_sqnr_db": NO_PROBE}
+    return Fidelity(len(worst), len(worst), shipped, {shipped: tally.metrics({}, reasons)}, worst_of(worst))
+
+
 def _compare(case: GivenCase, variant: Variant, tally: Tally, name: str) -> npt.NDArray[np.float64]:
     """Take in one case and return the divergence [r] of each token in nats."""
     session = variant.session

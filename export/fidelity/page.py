@@ -12,6 +12,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.fidelity import build_sections, sections
 from sonoedge.export.fidelity.cases import Cases
 from sonoedge.export.fidelity.markup import Html
+from sonoedge.export.fidelity.preset import preset_section
 from sonoedge.export.fidelity.result import Fidelity
 
 PICTURE_PX = 320  # the longer side of a picture on the page, at most
@@ -54,6 +55,7 @@ def report_html(fidelity: Fidelity, cases: Cases | None = None) -> str:
     pictures = {} if cases is None else {worst.case: _pictures(cases, worst.case) for worst in fidelity.worst}
     parts = (
         sections.opening(fidelity),
+        Html("") if fidelity.preset is None else preset_section(fidelity.preset),
         sections.agreement(fidelity),
         sections.texts(fidelity),
         sections.layers(fidelity),

@@ -11,6 +11,7 @@ from sonoedge.calibration.table import RoutingRow
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export import recipe
 from sonoedge.export.fidelity.metrics import Decibels
+from sonoedge.export.fidelity.preset import PinnedExperts
 from sonoedge.export.fidelity.text_scores import TextScore
 from sonoedge.export.scheme import Scheme
 from sonoedge.export.sensitivity import Trace
@@ -110,6 +111,8 @@ class Fidelity(msgspec.Struct, frozen=True):
     search: Trace | None = None
     schemes: dict[str, Scheme] = {}  # of every product
     routing: tuple[RoutingRow, ...] = ()  # of calibration
+    reference: str = "float"  # the model that the variants are compared with
+    preset: PinnedExperts | None = None  # what the build of a preset left out
 
     @property
     def metrics(self) -> Metrics:

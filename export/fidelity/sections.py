@@ -25,7 +25,7 @@ def opening(fidelity: Fidelity) -> Html:
         verdict = f'<div class="verdict missed">Floors of the recipe that are missed:<ul>{items}</ul></div>'
     else:
         verdict = '<div class="verdict">Every floor of the recipe is held.</div>'
-    title = f"<h1>Fidelity: {escape(fidelity.shipped)} against float</h1>"
+    title = f"<h1>Fidelity: {escape(fidelity.shipped)} against {escape(fidelity.reference)}</h1>"
     return Html(f'{title}<p class="muted">{counted}, the same for both models</p>{verdict}')
 
 

@@ -149,8 +149,8 @@ class LowerProducts(Pass):
                 if fixed and part == "down":
                     scale = self._plan.activation_scale(f"{name}.{expert}.down_proj")
                     found.insert(len(found), emit.constant(np.array(scale, np.float32)))
-                label = [expert_name(name, expert, part, what) for what in ("values", "scale")]
-                (weights,) = self._weights(graph, scheme, *label)
+                values, scales = (expert_name(name, expert, part, what) for what in ("values", "scale"))
+                (weights,) = self._weights(graph, scheme, values, scales)
                 found += [value for value in weights[2:] if value is not None]
         return found
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sonoedge.export.graphs import OPSET
-from sonoedge.export.passes.emitter import CONTRIB, Emitter
+from sonoedge.export.passes.emitter import CONTRIB, Attribute, Emitter
 from sonoedge.export.scheme import BLOCK, INT8_MAX, SMALLEST, Scheme
 
 WIDE_BLOCK = 256  # MatMulNBits reads a scale a block: fewer for rows that have one scale anyway
@@ -137,12 +137,13 @@ def product(
 
 def _weight_only(emit: Emitter, x: ir.Value, weights: Weights, scheme: Scheme, purpose: Purpose) -> ir.Value:
     """x times int8 weights turned into floats."""
-    attributes: dict[str, int] = {"axis": 0} if scheme.block is None else {"axis": 1, "block_size": BLOCK}
+    attributes: dict[str, Attribute] = {"axis": 0} if scheme.block is None else {"axis": 1, "block_size": BLOCK}
     operands = (weights.values, weights.scale, weights.zero)
     if purpose is not Purpose.TENSORRT:
-        return emit("Gemm", x, emit("DequantizeLinear", *operands, **attributes), transB=1)
+        return emit("Gemm", x, emit.emit("DequantizeLinear", operands, attributes, 1)[0], transB=1)
     # bfloat16, as the released checkpoint computes: float16 cannot hold the largest inputs of its down projections.
-    wide = emit("DequantizeLinear", *operands, **attributes, output_dtype=int(ir.DataType.BFLOAT16))
+    attributes["output_dtype"] = int(ir.DataType.BFLOAT16)
+    wide = emit.emit("DequantizeLinear", operands, attributes, 1)[0]
     narrow = emit("Cast", x, to=int(ir.DataType.BFLOAT16))
     return emit("Cast", emit("Gemm", narrow, wide, transB=1), to=int(ir.DataType.FLOAT))
 

@@ -264,7 +264,8 @@ def _product_tiles(columns: str, experts: Experts, widths: tuple[int, ...]) -> t
 
 
 def _up_tiles(experts: Experts, _tokens: int) -> tuple[Tile, ...]:
-    return _product_tiles("block_inner", experts, (64, 128) if experts.block_rows <= 64 else (128, 64))
+    # Gate and up are two sums: of 128 by 128 they leave no register for anything else.
+    return _product_tiles("block_inner", experts, (64, 128) if experts.block_rows <= 64 else (64,))
 
 
 def _down_tiles(experts: Experts, _tokens: int) -> tuple[Tile, ...]:

@@ -33,8 +33,8 @@ class Usage(msgspec.Struct, frozen=True):
 def measure(ptx: str, sm: int) -> Usage:
     """Assemble PTX for an SM and return what the kernel takes; raises SonoEdgeError when the assembler refuses it.
 
-    An older release of Triton brings an assembler that reads no PTX as new as a device's. The version then stands for no
-    instruction that Triton writes, so the same code is measured as the newest version that the assembler reads.
+    An older release of Triton brings an assembler that reads no PTX as new as a device's. Triton writes no instruction
+    that needs it, so the same code is measured as the newest version that the assembler reads.
     """
     ran = _assemble(ptx, sm)
     if newest := _TOO_NEW.search(ran.stderr):

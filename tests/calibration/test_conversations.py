@@ -136,3 +136,14 @@ def test_real_echovlm_data_is_read() -> None:
         assert question.startswith(IMAGE_MARK)
         assert answer
         assert case.phantom is None
+
+
+def test_a_case_says_its_region_or_its_phantom_does(tmp_path: Path, valid: list[dict[str, Any]]) -> None:
+    valid[0]["region"] = "breast"
+    assert [case.shown for case in read_conversations(write(tmp_path, valid))] == ["breast", None]
+    (shown,) = read_conversations(write_phantom_conversations(tmp_path / "data", [3], ["en"]))
+    assert shown.region is None
+    assert shown.shown == phantom(3).truth.region
+    valid[1]["region"] = 5
+    with pytest.raises(SonoEdgeError, match=r"Expected `str . null`, got `int` - at `\$\[1\]\.region`"):
+        read_conversations(write(tmp_path, valid))

@@ -93,3 +93,12 @@ def test_an_error_of_a_worker_arrives(tmp_path: Path) -> None:
     with pytest.raises(SonoEdgeError, match="seed -2 is negative"):
         phantom_pool(tmp_path, 1, first_seed=-2, spec=SPEC, workers=1)
     assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_pool_of_one_region_is_not_taken_for_one_of_all(tmp_path: Path) -> None:
+    mixed = phantom_pool(tmp_path, 4, first_seed=40, spec=SPEC, workers=1)
+    livers = phantom_pool(tmp_path, 4, first_seed=40, spec=SPEC, region="liver", workers=1)
+    assert {truth.region for truth in livers.truths} == {"liver"}
+    assert len({truth.region for truth in mixed.truths}) > 1
+    assert [truth.seed for truth in livers.truths] == [truth.seed for truth in mixed.truths]
+    assert livers[1].truth == render(41, SPEC, "liver").truth

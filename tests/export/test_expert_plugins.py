@@ -1,8 +1,7 @@
-"""Experts as plugins: graphs whose nodes, computed by the kernels' oracle, give what the function of operators gives."""
+"""Experts as plugins: nodes of graphs, computed by the kernels' oracle, give what the function of operators gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +40,17 @@ FLOAT = ir.TensorType(ir.DataType.FLOAT)
 EXPERT_SIZES = tuple(Experts.__struct_fields__)
 
 
-def _operator(name: str, compute: Callable[..., Any]) -> type[OpRun]:
-    """An operator of the project's domain for the reference evaluator, from a function of the oracle."""
+def _operator(name: str) -> type[OpRun]:
+    """An operator of the project's domain for the reference evaluator."""
 
-    def run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
+    def run(self: OpRun, *inputs: Any, **attributes: Any) -> tuple[npt.NDArray[Any], ...]:
         experts = Experts(**{key: attributes[key] for key in EXPERT_SIZES})
-        result = compute(*inputs, experts)
-        if isinstance(result, oracle.Routed):
-            return tuple(msgspec.structs.astuple(result))
-        return (result,)
+        return oracle.compute(name, inputs, experts, "float32")
 
     return type(name, (OpRun,), {"op_domain": DOMAIN, "_run": run})
 
 
-OPERATORS = [
-    _operator("ExpertRoute", oracle.route),
-    _operator("ExpertUp", oracle.up),
-    _operator("ExpertDown", lambda *given: oracle.down(*given, "float32")),
-    _operator("ExpertSum", lambda parts, token_slot, _: oracle.summed(parts, token_slot, "float32")),
-    _operator("ExpertUpDecode", lambda *given: oracle.up_decode(*given, "float32")),
-    _operator("ExpertDownDecode", lambda *given: oracle.down_decode(*given, "float32")),
-]
+OPERATORS = [_operator(name) for name in KERNELS]
 
 
 class Mixture:
@@ -84,7 +73,7 @@ class Mixture:
         self.plan = QuantizationPlan(schemes, {EXPERTS: float(x.abs().max()), **maxima})
 
     def marked(self) -> ir.Model:
-        """Experts over x [1, n, hidden], with router logits that a probe names and the weights that follow from them."""
+        """Experts over x [1, n, hidden], with router logits that a probe names and the weights that follow."""
         moe = self.config.moe
         assert moe is not None
         width, inner = self.config.hidden_size, moe.moe_intermediate_size
@@ -110,7 +99,8 @@ class Mixture:
         opsets = {"": OPSET, DOMAIN: 1}
         nodes = [seen, probe, node]
         return ir.Model(
-            ir.Graph(values, node.outputs, nodes=nodes, initializers=held, opset_imports=opsets, name="m"), ir_version=10
+            ir.Graph(values, node.outputs, nodes=nodes, initializers=held, opset_imports=opsets, name="m"),
+            ir_version=10,
         )
 
     def graph(self, purpose: Purpose, dispatch: Dispatch, block_rows: int = 16) -> Path:
@@ -133,11 +123,9 @@ class Mixture:
         """What the graph's plugins give, `step` tokens at a time, each computed by the oracle."""
         evaluator = ReferenceEvaluator(onnx.load(path), new_ops=OPERATORS)
         tokens = self.inputs["x"].shape[1]
-        parts = [
-            evaluator.run(None, {name: array[:, n : n + step] for name, array in self.inputs.items()})[0]
-            for n in range(0, tokens, step)
-        ]
-        return np.concatenate(parts, axis=1)
+        given = ({name: array[:, n : n + step] for name, array in self.inputs.items()} for n in range(0, tokens, step))
+        results: list[list[Floats]] = [evaluator.run(None, feed) for feed in given]
+        return np.concatenate([result[0] for result in results], axis=1)
 
 
 @pytest.fixture(params=[False, True], ids=["shares as they are", "shares of the chosen"])
