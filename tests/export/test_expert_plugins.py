@@ -124,8 +124,8 @@ class Mixture:
         evaluator = ReferenceEvaluator(onnx.load(path), new_ops=OPERATORS)
         tokens = self.inputs["x"].shape[1]
         given = ({name: array[:, n : n + step] for name, array in self.inputs.items()} for n in range(0, tokens, step))
-        results: list[list[Floats]] = [evaluator.run(None, feed) for feed in given]
-        return np.concatenate([result[0] for result in results], axis=1)
+        results: list[Any] = [evaluator.run(None, feed) for feed in given]
+        return np.concatenate([np.asarray(result[0]) for result in results], axis=1)
 
 
 @pytest.fixture(params=[False, True], ids=["shares as they are", "shares of the chosen"])
