@@ -35,7 +35,9 @@ def load_cudart() -> Cudart:
     try:
         runtime: Any = importlib.import_module("cuda.bindings.runtime")  # there from cuda-python 12.6.2 on, in 13 too
     except ImportError as error:
-        raise SonoEdgeError(f"cuda-python is not installed: {GET_CUDA_PYTHON}") from error
+        raise SonoEdgeError(
+            f"cuda-python is not installed: {GET_CUDA_PYTHON}; `--backend cpu` does without"
+        ) from error
     bindings: Cudart = runtime
     return bindings
 
@@ -44,7 +46,9 @@ def find_gpu(cudart: Cudart) -> Gpu:
     """Describe the first GPU; raises SonoEdgeError when there is none or no driver for it."""
     version = int(called(cudart, cudart.cudaDriverGetVersion()))
     if not version:
-        raise SonoEdgeError("no NVIDIA driver is loaded: `sonoedge doctor` says what this machine has")
+        raise SonoEdgeError(
+            "no NVIDIA driver is loaded: `sonoedge doctor` says what this machine has, and `--backend cpu` does without one"
+        )
     if int(called(cudart, cudart.cudaGetDeviceCount())) == 0:
         raise SonoEdgeError("the NVIDIA driver shows no GPU: check CUDA_VISIBLE_DEVICES")
     properties = called(cudart, cudart.cudaGetDeviceProperties(0))
