@@ -35,9 +35,7 @@ def load_cudart() -> Cudart:
     try:
         runtime: Any = importlib.import_module("cuda.bindings.runtime")  # there from cuda-python 12.6.2 on, in 13 too
     except ImportError as error:
-        raise SonoEdgeError(
-            f"cuda-python is not installed: {GET_CUDA_PYTHON}; `--backend cpu` does without"
-        ) from error
+        raise SonoEdgeError(f"cuda-python is not installed: {GET_CUDA_PYTHON}; `--backend cpu` does without") from error
     bindings: Cudart = runtime
     return bindings
 
@@ -47,7 +45,7 @@ def find_gpu(cudart: Cudart) -> Gpu:
     version = int(called(cudart, cudart.cudaDriverGetVersion()))
     if not version:
         raise SonoEdgeError(
-            "no NVIDIA driver is loaded: `sonoedge doctor` says what this machine has, and `--backend cpu` does without one"
+            "no NVIDIA driver is loaded: `sonoedge doctor` says what this machine has; `--backend cpu` needs none"
         )
     if int(called(cudart, cudart.cudaGetDeviceCount())) == 0:
         raise SonoEdgeError("the NVIDIA driver shows no GPU: check CUDA_VISIBLE_DEVICES")

@@ -93,7 +93,8 @@ def test_all_graphs_share_their_weights_and_are_valid(tiny: Any) -> None:
     bundle = open_bundle(tiny.bundle)
     graphs = bundle.manifest.graphs
     assert [(graph.purpose, graph.formulation) for graph in graphs] == [
-        ("vision", "ort"), ("vision", "qdq"), ("decoder", "ort"), ("decode", "ort"), ("decoder", "qdq"),
+        ("vision", "ort"), ("vision", "qdq"), ("decoder", "ort"), ("decoder", "qdq"), ("vision", "trt"),
+        ("decoder", "trt"), ("decode", "ort"),
     ]  # fmt: skip
     for graph in graphs:
         path = bundle.path(graph.path)
@@ -109,7 +110,7 @@ def test_all_graphs_share_their_weights_and_are_valid(tiny: Any) -> None:
         assert inline < 20_000, "a second copy of the weights"
         custom = {node.domain for node in model.graph.node} - {"", "sonoedge"}
         assert custom <= ({"com.microsoft"} if graph.formulation == "ort" else set())
-        if graph.formulation == "qdq":
+        if graph.formulation in ("qdq", "trt"):
             onnx.checker.check_model(str(path))
     held_files = [name for name in bundle.manifest.files if name.startswith("graphs/") and not name.endswith(".onnx")]
     assert held_files == [WEIGHTS]
