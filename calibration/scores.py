@@ -35,6 +35,10 @@ class HintScores(msgspec.Struct, frozen=True):
         right: npt.NDArray[np.bool_] = self.scores.argmax(axis=1) == self.right
         return right
 
+    def subset(self, kept: npt.NDArray[np.bool_]) -> HintScores:
+        """The frames that `kept` [n] marks."""
+        return HintScores(self.frames[kept], self.scores[kept], self.right[kept])
+
 
 class ScoredFrames(msgspec.Struct, frozen=True):
     """A pool as one session saw it."""

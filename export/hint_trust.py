@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from sonoedge.bundle import BundleWriter, HintCalibration
-from sonoedge.calibration.confidence import expected_calibration_error, fit
+from sonoedge.calibration.confidence import expected_calibration_error
+from sonoedge.calibration.conformal import calibrate
 from sonoedge.calibration.known import fit_familiarity
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.calibration.scores import score_pool
@@ -29,7 +30,8 @@ def fit_trust(
 ) -> Trust:
     """Fit on frames whose truth is known, with the session that will serve."""
     scored = score_pool(session, tokenizer, known, "calibrate confidence")
-    calibration = {hint: fit(scores, settings.least_accuracy) for hint, scores in scored.hints.items()}
-    errors = {h: expected_calibration_error(s, calibration[h].temperature) for h, s in scored.hints.items()}
-    fit_familiarity(scored.mean_embeds, settings.known_share).save(writer.add(FAMILIARITY))
+    calibration = calibrate(scored, settings.least_accuracy, settings.coverage)
+    errors = {h: expected_calibration_error(s, calibration[h]) for h, s in scored.hints.items()}
+    regions = [truth.region for truth in scored.truths]
+    fit_familiarity(scored.mean_embeds, settings.known_share, regions).save(writer.add(FAMILIARITY))
     return Trust(calibration, errors, FAMILIARITY)

@@ -139,6 +139,7 @@ class Hints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frames: Count
     least_accuracy: Share
     known_share: Share
+    coverage: Share = 0.98  # of the candidates' sets
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,12 +6,20 @@ import msgspec
 from rich.console import Console
 
 from sonoedge.runtime.client import Client
+from sonoedge.runtime.key_files import ClientKeys
 from sonoedge.runtime.protocol import Language, Token
 
 
-def run(endpoint: str, question: str, language: Language | None, timeout_s: float | None, as_json: bool) -> None:
+def run(
+    endpoint: str,
+    question: str,
+    language: Language | None,
+    timeout_s: float | None,
+    as_json: bool,
+    keys: ClientKeys | None = None,
+) -> None:
     """Print the answer; raises SonoEdgeError when the server refuses or is silent for `timeout_s`."""
-    with Client(endpoint, timeout_s=timeout_s) as client:
+    with Client(endpoint, timeout_s=timeout_s, keys=keys) as client:
         for reply in client.ask(question, language=language):
             if isinstance(reply, Token):
                 if not as_json:

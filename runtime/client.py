@@ -10,6 +10,7 @@ import zmq
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.endpoints import connect
+from sonoedge.runtime.key_files import ClientKeys
 from sonoedge.runtime.protocol import (
     Answer,
     Ask,
@@ -34,11 +35,14 @@ from sonoedge.runtime.protocol import (
 class Client:
     """Asks one server, one question at a time; not safe to share between threads."""
 
-    def __init__(self, endpoint: str, *, timeout_s: float | None = 10.0) -> None:
-        """Connect; `timeout_s` is the longest silence (None: no limit); raises SonoEdgeError for a wrong endpoint."""
+    def __init__(self, endpoint: str, *, timeout_s: float | None = 10.0, keys: ClientKeys | None = None) -> None:
+        """Connect; `timeout_s` is the longest silence (None: no limit); raises SonoEdgeError for a wrong endpoint.
+
+        keys: its own and the server's, for a server with CURVE.
+        """
         self.endpoint = endpoint
         self._timeout_s = timeout_s
-        self._socket = connect(zmq.DEALER, endpoint)
+        self._socket = connect(zmq.DEALER, endpoint, keys)
         self._ids = (f"{uuid.uuid4().hex[:8]}-{number}" for number in itertools.count())
 
     def ask(
@@ -95,7 +99,10 @@ class Client:
         self.close()
 
     def _send(self, request: Request) -> None:
-        self._socket.send(encode(request))
+        try:
+            self._socket.send(encode(request))
+        except zmq.Again as error:  # no connection, or one that the server refused
+            raise silence(self.endpoint, self._timeout_s) from error
 
     def _receive(self, request_id: Id | None) -> Reply:
         """Return the next reply to the request, skipping those to earlier ones."""
@@ -111,9 +118,9 @@ class Client:
                 return reply
 
 
-def listen(endpoint: str, *, timeout_s: float | None) -> Iterator[Broadcast]:
+def listen(endpoint: str, *, timeout_s: float | None, keys: ClientKeys | None = None) -> Iterator[Broadcast]:
     """Yield hints, state and telemetry; raises SonoEdgeError when `timeout_s` pass without a hint."""
-    socket = connect(zmq.SUB, endpoint)
+    socket = connect(zmq.SUB, endpoint, keys)
     try:
         socket.subscribe(b"")
         since, state = time.monotonic(), None
@@ -140,5 +147,6 @@ def listen(endpoint: str, *, timeout_s: float | None) -> Iterator[Broadcast]:
 def silence(endpoint: str, timeout_s: float | None) -> SonoEdgeError:
     """The error for a server that says nothing."""
     return SonoEdgeError(
-        f"{endpoint} was silent for {timeout_s or 0:g} s: start `sonoedge serve`, or correct endpoint or --timeout-s"
+        f"{endpoint} was silent for {timeout_s or 0:g} s: start `sonoedge serve`, or correct endpoint, keys or "
+        "--timeout-s"
     )

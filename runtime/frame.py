@@ -18,3 +18,4 @@ class Frame(msgspec.Struct, frozen=True):
     spacing_mm: float | None
     source: str
     sector: tuple[int, int, int, int] | None = None
+    flipped: bool | None = None  # left for right, where the feed knows; None: it does not

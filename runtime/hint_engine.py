@@ -11,7 +11,8 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.familiarity import Familiarity
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.hint_layout import lay_out
-from sonoedge.runtime.hints import HintSchema, HintSpec, Text
+from sonoedge.runtime.hint_probability import may_be_right, probabilities
+from sonoedge.runtime.hints import VALID_MS, HintSchema, HintSpec, Text
 from sonoedge.runtime.look import Look, Prompter, look_at
 from sonoedge.runtime.prompt import HINT_LANGUAGE
 from sonoedge.runtime.sessions.base import Session
@@ -19,6 +20,9 @@ from sonoedge.runtime.tokens import Tokenizer
 
 LOW_CONFIDENCE = "low confidence"
 UNSEEN = "unseen kind of image"
+POOR_FRAME = "poor frame"
+STALE_FRAME = "stale frame"
+QUALITY = "quality"  # the hint by whose answer the sets of the others may differ
 
 
 class HintResult(msgspec.Struct, frozen=True):
@@ -31,6 +35,12 @@ class HintResult(msgspec.Struct, frozen=True):
     abstain: bool
     reason: str | None
     candidates: dict[str, float]  # probability of each
+    set: tuple[
+        str, ...
+    ] = ()  # candidates, the likeliest first, that hold the right one in a share `coverage` of frames
+    coverage: float | None = None  # None: no set was calibrated
+    valid_ms: int = VALID_MS  # from capture on
+    abstain_below: float = 0.0
 
 
 class HintEngine:
@@ -67,16 +77,22 @@ class HintEngine:
         """Return the hints about a frame that has been looked at."""
         unseen = self._familiarity is not None and self._familiarity.is_unseen(look.embeds)
         scores = self.scores(look)
+        quality = self._quality(scores)
         results: dict[str, HintResult] = {}
         for hint in self.schema.hints:
             condition = hint.ask_when
             if condition and (condition.hint not in results or results[condition.hint].answer != condition.answer):
                 continue
-            results[hint.name] = _result(hint, scores[hint.name], self._calibration[hint.name], unseen=unseen)
+            results[hint.name] = _result(hint, scores[hint.name], self._calibration[hint.name], quality, unseen=unseen)
         return list(results.values())
 
+    def _quality(self, scores: Mapping[str, npt.NDArray[np.float32]]) -> str | None:
+        if QUALITY not in scores:
+            return None
+        return self.schema.hint(QUALITY).candidate_ids()[int(np.argmax(scores[QUALITY]))]
+
     def scores(self, look: Look) -> dict[str, npt.NDArray[np.float32]]:
-        """Return the log-probability of every candidate [candidates] of every hint, before temperature."""
+        """Return the log-probability of every candidate [candidates] of every hint, before calibration."""
         session, layout = self._session, self._layout
         prefix = self._prompter.prefix([look], HINT_LANGUAGE)
         length, total = len(prefix.ids), len(prefix.ids) + len(layout.ids)
@@ -104,21 +120,42 @@ class HintEngine:
         return {hint.name: candidates[part] for hint, part in zip(self.schema.hints, layout.slices, strict=True)}
 
 
+def poor_frame(schema: HintSchema, why: str) -> list[HintResult]:
+    """Return what is said of a frame that is not worth asking about: every unconditional hint abstains, saying why."""
+    reason = f"{POOR_FRAME}: {why}"
+    return [
+        HintResult(hint.name, None, None, 0.0, abstain=True, reason=reason, candidates={}, valid_ms=hint.valid_ms)
+        for hint in schema.hints
+        if hint.ask_when is None
+    ]
+
+
 def _result(
-    hint: HintSpec, scores: npt.NDArray[np.float32], calibration: HintCalibration, *, unseen: bool
+    hint: HintSpec,
+    scores: npt.NDArray[np.float32],
+    calibration: HintCalibration,
+    quality: str | None,
+    *,
+    unseen: bool,
 ) -> HintResult:
-    scaled = scores / calibration.temperature
-    weights = np.exp(scaled - scaled.max())
-    probabilities = weights / weights.sum()  # [candidates]
-    best = int(np.argmax(probabilities))
-    probability = float(probabilities[best])
+    shares = probabilities(scores, calibration)  # [candidates]
+    best = int(np.argmax(shares))
+    probability = float(shares[best])
     reason = UNSEEN if unseen else LOW_CONFIDENCE if probability < calibration.abstain_below else None
+    ids = hint.candidate_ids()
+    # No coverage is promised for a picture unlike those that the sets were measured on.
+    calibrated = calibration.coverage is not None and not unseen
+    inside = may_be_right(shares, calibration, quality) & calibrated
     return HintResult(
         hint=hint.name,
-        answer=None if reason else hint.candidates[best].id,
+        answer=None if reason else ids[best],
         text=None if reason else hint.candidates[best].text,
         probability=probability,
         abstain=reason is not None,
         reason=reason,
-        candidates=dict(zip(hint.candidate_ids(), map(float, probabilities), strict=True)),
+        candidates=dict(zip(ids, map(float, shares), strict=True)),
+        set=tuple(ids[index] for index in np.argsort(-shares, kind="stable") if inside[index]),
+        coverage=calibration.coverage if calibrated else None,
+        valid_ms=hint.valid_ms,
+        abstain_below=calibration.abstain_below,
     )

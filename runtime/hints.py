@@ -2,12 +2,14 @@
 
 import importlib.resources
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from sonoedge.errors import SonoEdgeError
 
 SCHEMA_VERSION = 1
+VALID_MS = 1000
 
 
 class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,12 +49,13 @@ class AskWhen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HintSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One closed question about a frame."""
+    """One closed question about a frame; its answer is stale when the frame is older than `valid_ms`."""
 
     name: str
     question: Text
     candidates: tuple[Candidate, ...]
     ask_when: AskWhen | None = None
+    valid_ms: Annotated[int, msgspec.Meta(ge=1, le=3_600_000)] = VALID_MS
 
     def candidate_ids(self) -> tuple[str, ...]:
         """Return the ids of the candidates, in order."""

@@ -25,12 +25,15 @@ class Model(msgspec.Struct, frozen=True):
     intended_use: str
 
 
-def open_model(path: Path, backend: Backend | None = None) -> Model:
+def open_model(
+    path: Path, backend: Backend | None = None, *, trusted: Path | None = None, require_signature: bool = False
+) -> Model:
     """Check and load the bundle at `path` and repeat its golden outputs; raises SonoEdgeError naming what is wrong.
 
-    backend: what runs it; None is what the bundle's device profile names.
+    backend: what runs it; None is what the bundle's device profile names. trusted: folder of the keys one of which must
+    have signed the bundle when `require_signature`.
     """
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, trusted=trusted, require_signature=require_signature)
     manifest = bundle.manifest
     tokenizer = Tokenizer.from_file(bundle.path(TOKENIZER_FILE))
     schema = load_schema(bundle.path(HINT_SCHEMA_FILE))

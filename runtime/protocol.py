@@ -10,12 +10,13 @@ import msgspec
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.generate import Finish
-from sonoedge.runtime.hints import Text
+from sonoedge.runtime.hints import HintSchema, Text
 from sonoedge.runtime.sources import SourceState
 
 VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 1024  # larger requests get an error reply
-MAX_WIRE_BYTES = 1024 * 1024  # larger ones end their sender's connection before they fill memory
+MAX_PICTURE_PX = 800
+MAX_WIRE_BYTES = 1024 * 1024  # larger ones end their sender's connection before they fill memory; no reply is larger
 
 Id = Annotated[str, msgspec.Meta(max_length=128)] | int
 Language = Literal["en", "zh"]
@@ -33,7 +34,7 @@ class Ask(msgspec.Struct, frozen=True, tag="ask", forbid_unknown_fields=True):
     """Asks about the newest frame; `stream` None means: token messages unless the envelope has a REQ delimiter."""
 
     id: Id
-    question: Annotated[str, msgspec.Meta(min_length=1)]
+    question: Annotated[str, msgspec.Meta(min_length=1, max_length=16_384)]
     language: Language | None = None  # None: the question's own
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
     deadline_ms: Annotated[int, msgspec.Meta(ge=1, le=3_600_000)] | None = None
@@ -52,6 +53,20 @@ class StatusRequest(msgspec.Struct, frozen=True, tag="status", forbid_unknown_fi
     """Asks for the counters."""
 
     id: Id | None = None
+    v: int = VERSION
+
+
+class PictureRequest(msgspec.Struct, frozen=True, tag="picture", forbid_unknown_fields=True):
+    """Asks for the newest frame as the model sees it."""
+
+    id: Id
+    v: int = VERSION
+
+
+class SchemaRequest(msgspec.Struct, frozen=True, tag="schema", forbid_unknown_fields=True):
+    """Asks which questions hints answer."""
+
+    id: Id
     v: int = VERSION
 
 
@@ -78,6 +93,26 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     v: int = VERSION
 
 
+class Picture(msgspec.Struct, frozen=True, tag="picture"):
+    """The newest frame, cropped as for the model, as a JPEG of at most `MAX_PICTURE_PX` a side."""
+
+    id: Id
+    jpeg: bytes
+    frame: int
+    age_ms: float
+    width: int
+    height: int
+    v: int = VERSION
+
+
+class SchemaReply(msgspec.Struct, frozen=True, tag="schema"):
+    """The hint schema."""
+
+    id: Id
+    schema: HintSchema
+    v: int = VERSION
+
+
 class Error(msgspec.Struct, frozen=True, tag="error"):
     """A request that was refused; `retry_ms` says when it may succeed."""
 
@@ -85,6 +120,14 @@ class Error(msgspec.Struct, frozen=True, tag="error"):
     id: Id | None = None
     retry_ms: int | None = None
     v: int = VERSION
+
+
+class Percentiles(msgspec.Struct, frozen=True):
+    """Of the newest latencies of one stage."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
 
 
 class Telemetry(msgspec.Struct, frozen=True, tag="telemetry"):
@@ -100,6 +143,10 @@ class Telemetry(msgspec.Struct, frozen=True, tag="telemetry"):
     p95_ms: float | None
     p99_ms: float | None
     v: int = VERSION
+    abstentions: int = 0  # of the hints
+    # From capture to wire: wait (for the worker), look (preprocessing, vision tower, prefix), hints, wire.
+    stages: dict[str, Percentiles] = {}
+    resident_bytes: int | None = None  # memory of the server; None where the system does not tell
 
 
 class State(msgspec.Struct, frozen=True, tag="state"):
@@ -140,17 +187,21 @@ class Hint(msgspec.Struct, frozen=True, tag="hint"):
     source: str
     candidates: dict[str, float]
     v: int = VERSION
+    # Candidates that hold the right one in a share `coverage` of frames as those of calibration (None: not calibrated).
+    set: tuple[str, ...] = ()
+    coverage: float | None = None
+    valid_ms: int | None = None  # from capture on; an older hint says nothing any more
 
 
-Request = Ask | Cancel | StatusRequest
-Reply = Token | Answer | Error | Status
+Request = Ask | Cancel | StatusRequest | PictureRequest | SchemaRequest
+Reply = Token | Answer | Error | Status | Picture | SchemaReply
 Broadcast = Hint | State | Telemetry
 
 
 class _Header(msgspec.Struct):
     type: str
     v: int = VERSION
-    id: str | int | None = None
+    id: Id | None = None  # one that is too long could not be sent back either
 
 
 _header = msgspec.msgpack.Decoder(_Header)
@@ -176,7 +227,7 @@ def decode_request(payload: bytes) -> Request:
 
 def decode_reply(payload: bytes) -> Reply:
     """Read a reply; raises ProtocolError when the server speaks another version."""
-    _read_header(payload)
+    _read_header(payload, MAX_WIRE_BYTES)
     try:
         return _replies.decode(payload)
     except _UNREADABLE as error:
@@ -192,9 +243,9 @@ def decode_broadcast(payload: bytes) -> Broadcast:
         raise ProtocolError(f"the published message is wrong: {error}; update sonoedge on the older side") from error
 
 
-def _read_header(payload: bytes) -> _Header:
-    if len(payload) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"the message has {len(payload)} bytes, more than {MAX_MESSAGE_BYTES}: send a shorter one")
+def _read_header(payload: bytes, most_bytes: int = MAX_MESSAGE_BYTES) -> _Header:
+    if len(payload) > most_bytes:
+        raise ProtocolError(f"the message has {len(payload)} bytes, more than {most_bytes}: send a shorter one")
     try:
         header = _header.decode(payload)
     except _UNREADABLE as error:

@@ -2,11 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import msgspec
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.hint_engine import HintResult
+from sonoedge.runtime.key_files import ServerKeys
 from sonoedge.runtime.latency import LatencyWindow
 from sonoedge.runtime.model import Model
 from sonoedge.runtime.protocol import (
@@ -15,21 +18,28 @@ from sonoedge.runtime.protocol import (
     Cancel,
     Error,
     Hint,
+    Id,
+    Percentiles,
+    PictureRequest,
     Reply,
     Request,
+    SchemaReply,
+    SchemaRequest,
     State,
     Status,
     StatusRequest,
     Telemetry,
 )
 from sonoedge.runtime.questions import Question, QuestionQueue
+from sonoedge.runtime.resident import resident_bytes
 from sonoedge.runtime.slot import LatestFrameSlot
+from sonoedge.runtime.snapshot import snapshot
 from sonoedge.runtime.sources import Source, SourceState
-from sonoedge.runtime.wire import Envelope, Wire
+from sonoedge.runtime.wire import Envelope, Wire, keep_no_record
 from sonoedge.runtime.worker import ANSWER_SLICE_MS, Worker
 
 QUESTIONS_AT_ONCE = 8
-STALL_S = 2.0  # connected, but no frame for this long: waiting
+STALL_S = 2.0  # connected, but no frame for this long: stalled
 TELEMETRY_S = 1.0
 JOIN_S = 6.0  # a live source may sit in a read for its timeout
 
@@ -38,20 +48,30 @@ class Server:
     """Serves a model on a source; `start`, then `wait` until it is over, then `stop`."""
 
     def __init__(
-        self, model: Model, source: Source, *, bind: str, hints_bind: str, answer_slice_ms: float = ANSWER_SLICE_MS
+        self,
+        model: Model,
+        source: Source,
+        *,
+        bind: str,
+        hints_bind: str,
+        answer_slice_ms: float = ANSWER_SLICE_MS,
+        security: ServerKeys | None = None,
+        audit: Callable[[str, Mapping[str, object]], None] = keep_no_record,
     ) -> None:
         """Bind both endpoints; raises SonoEdgeError naming the one that is taken or not allowed."""
         self.done = threading.Event()  # the source ended and everything about it was said, or something broke
         self.failure: Exception | None = None
         self._model = model
         self._source = source
+        self._audit = audit
         self._slot = LatestFrameSlot()
         self._questions = QuestionQueue(QUESTIONS_AT_ONCE)
         self._worker = Worker(
             model,
             self._slot,
             self._questions,
-            on_hints=lambda frame, results: self._wire.call(lambda: self._publish(frame, results)),
+            on_hints=self._hand_over,
+            on_stale=lambda frame, results: self._wire.call(lambda: self._say(frame, results)),
             on_reply=lambda question, reply: self._wire.call(lambda: self._reply(question, reply)),
             on_failure=lambda error: self._wire.call(lambda: self._failed(error)),
             answer_slice_ms=answer_slice_ms,
@@ -62,6 +82,8 @@ class Server:
             on_request=self._request,
             on_gone=lambda envelope: self._questions.cancel(envelope.client),
             on_idle=self._tick,
+            security=security,
+            audit=audit,
         )
         self.requests_endpoint = self._wire.requests_endpoint
         self.hints_endpoint = self._wire.hints_endpoint
@@ -73,10 +95,12 @@ class Server:
         self._wire_thread = threading.Thread(target=self._guard, args=(self._wire.run,), name="wire")
         # Written and read by the I/O thread only.
         self._latency = LatencyWindow()
-        self._hinted = self._failures = self._hints = self._answered = 0
+        self._stages: dict[str, LatencyWindow] = {}
+        self._hinted = self._failures = self._hints = self._abstentions = self._answered = 0
         self._detail: str | None = None
         self._said: State | None = None
         self._telemetry_due_ns = 0
+        self._ticks = 0
 
     def start(self) -> None:
         """Begin to capture, hint and answer."""
@@ -113,15 +137,31 @@ class Server:
             p50_ms=p50,
             p95_ms=p95,
             p99_ms=p99,
+            abstentions=self._abstentions,
+            stages=self._stage_percentiles(),
+            resident_bytes=resident_bytes(),
         )
+
+    def _stage_percentiles(self) -> dict[str, Percentiles]:
+        found: dict[str, Percentiles] = {}
+        for stage, window in list(self._stages.items()):
+            match window.percentiles():
+                case (float(p50), float(p95), float(p99)):
+                    found[stage] = Percentiles(p50, p95, p99)
+        return found
+
+    @property
+    def beats(self) -> tuple[int, int]:
+        """Turns of the I/O thread and of the worker: neither stands still while the pipeline gets on."""
+        return self._ticks, self._worker.beats
 
     def state(self) -> State:
         """Return what the source is doing now."""
         state: SourceState = self._source.state
         newest = self._slot.newest
         silent_s = (time.monotonic_ns() - newest.captured_ns) / 1e9 if newest else 0.0
-        if state == "live" and silent_s > max(STALL_S, 5 / self._source.fps):
-            state = "waiting"
+        if state == "stalled" or (state == "live" and silent_s > max(STALL_S, 5 / self._source.fps)):
+            return State("stalled", self._source.name, f"connected but no frames for {silent_s:.1f} s")
         return State(state, self._source.name, self._detail)
 
     def _guard(self, work: Callable[[], None]) -> None:
@@ -135,6 +175,11 @@ class Server:
     def _capture(self) -> None:
         for frame in self._source:
             self._slot.put(frame)
+
+    def _hand_over(self, frame: Frame, results: list[HintResult]) -> None:
+        """Give the worker's hints to the I/O thread, with where their time went."""
+        stages_ms = self._worker.stages_ms
+        self._wire.call(lambda: self._publish(frame, results, stages_ms))
 
     # The rest runs on the I/O thread.
 
@@ -157,13 +202,29 @@ class Server:
                     queued=len(self._questions),
                 )
                 self._wire.reply(envelope, status)
+            case PictureRequest():
+                self._wire.reply(envelope, self._picture(request))
+            case SchemaRequest():
+                self._wire.reply(envelope, SchemaReply(request.id, self._model.engine.schema))
+
+    def _picture(self, request: PictureRequest) -> Reply:
+        frame = self._slot.newest
+        if frame is None:
+            return self._no_frame(request.id)
+        try:
+            return snapshot(frame, request.id)
+        except SonoEdgeError as error:
+            return Error(str(error), request.id)
+
+    def _no_frame(self, request_id: Id) -> Error:
+        return Error(
+            f"no frame yet: the source {self._source.name} is {self.state().state}; ask again soon", request_id
+        )
 
     def _queue(self, envelope: Envelope, ask: Ask) -> Error | None:
         frame = self._slot.newest
         if frame is None:
-            return Error(
-                f"no frame yet: the source {self._source.name} is {self.state().state}; ask again soon", ask.id
-            )
+            return self._no_frame(ask.id)
         if not ask.question.strip():
             return Error("the question is empty: ask something about the picture", ask.id)
         refusal = self._questions.put(Question(envelope, ask, frame, time.monotonic_ns(), threading.Event()))
@@ -173,10 +234,21 @@ class Server:
         return None
 
     def _reply(self, question: Question, reply: Reply) -> None:
-        self._answered += isinstance(reply, Answer)
+        if isinstance(reply, Answer):
+            self._answered += 1
+            said = {**msgspec.structs.asdict(reply), "question": question.ask.question}
+            self._audit("answer", said | {"captured_ns": question.frame.captured_ns})
         self._wire.reply(question.envelope, reply)
 
-    def _publish(self, frame: Frame, results: list[HintResult]) -> None:
+    def _publish(self, frame: Frame, results: list[HintResult], stages_ms: dict[str, float]) -> None:
+        self._say(frame, results)
+        latency_ms = (time.monotonic_ns() - frame.captured_ns) / 1e6
+        self._latency.record(latency_ms)
+        for stage, stage_ms in {**stages_ms, "wire": latency_ms - sum(stages_ms.values())}.items():
+            self._stages.setdefault(stage, LatencyWindow()).record(stage_ms)
+        self._hinted += 1
+
+    def _say(self, frame: Frame, results: list[HintResult]) -> None:
         for result in results:
             hint = Hint(
                 hint=result.hint,
@@ -192,10 +264,13 @@ class Server:
                 captured_ns=frame.captured_ns,
                 source=frame.source,
                 candidates=result.candidates,
+                set=result.set,
+                coverage=result.coverage,
+                valid_ms=result.valid_ms,
             )
             self._wire.publish(hint)
-        self._latency.record((time.monotonic_ns() - frame.captured_ns) / 1e6)
-        self._hinted += 1
+            self._audit("hint", msgspec.structs.asdict(hint))
+        self._abstentions += sum(result.abstain for result in results)
         self._hints += len(results)
 
     def _failed(self, error: SonoEdgeError) -> None:
@@ -203,9 +278,10 @@ class Server:
         self._detail = str(error)
 
     def _tick(self) -> None:
+        self._ticks += 1
         state, now = self.state(), time.monotonic_ns()
         due = now >= self._telemetry_due_ns
-        if due or state != self._said:
+        if due or self._said is None or _changed(self._said, state):
             self._wire.publish(state)
             self._said = state
         if due:
@@ -214,3 +290,8 @@ class Server:
         said_everything = self._hinted + self._failures + self._slot.dropped == self._slot.received
         if state.state == "ended" and said_everything and not len(self._questions):
             self.done.set()
+
+
+def _changed(said: State, state: State) -> bool:
+    """Whether a state is news: how long a source has been stalled is told with the telemetry only."""
+    return said.state != state.state or (state.state != "stalled" and said != state)

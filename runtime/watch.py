@@ -10,34 +10,38 @@ from rich.table import Table
 from rich.text import Text
 
 from sonoedge.runtime.client import listen
-from sonoedge.runtime.protocol import Hint, State, Telemetry
+from sonoedge.runtime.key_files import ClientKeys
+from sonoedge.runtime.protocol import Broadcast, Hint, State, Telemetry
 
 
-def run(endpoint: str, count: int | None, timeout_s: float | None, as_json: bool) -> None:
+def run(
+    endpoint: str, count: int | None, timeout_s: float | None, as_json: bool, keys: ClientKeys | None = None
+) -> None:
     """Show hints until `count` were seen or Ctrl-C; raises SonoEdgeError after `timeout_s` without one."""
     console = Console(highlight=False)
     if not as_json:
         Console(stderr=True, highlight=False).print(f"[dim]Hints of {endpoint}; Ctrl-C ends.[/]")
+    messages = _limited(listen(endpoint, timeout_s=timeout_s, keys=keys), count)
     try:
         if as_json:
-            for message in _limited(endpoint, count, timeout_s):
+            for message in messages:
                 if isinstance(message, Hint):
                     sys.stdout.write(msgspec.json.encode(message).decode() + "\n")
                     sys.stdout.flush()
         elif console.is_terminal:
-            _show_table(console, endpoint, count, timeout_s)
+            _show_table(console, messages)
         else:
-            for message in _limited(endpoint, count, timeout_s):
+            for message in messages:
                 if isinstance(message, Hint):
                     print(_line(message), flush=True)
     except KeyboardInterrupt:
         return
 
 
-def _limited(endpoint: str, count: int | None, timeout_s: float | None) -> Iterator[Hint | State | Telemetry]:
+def _limited(messages: Iterator[Broadcast], count: int | None) -> Iterator[Broadcast]:
     """Yield messages until `count` hints were among them."""
     seen = 0
-    for message in listen(endpoint, timeout_s=timeout_s):
+    for message in messages:
         yield message
         seen += isinstance(message, Hint)
         if count is not None and seen >= count:
@@ -49,12 +53,12 @@ def _line(hint: Hint) -> str:
     return f"frame {hint.frame}  {hint.hint}: {said}  ({hint.probability:.0%}, {hint.age_ms:.0f} ms)"
 
 
-def _show_table(console: Console, endpoint: str, count: int | None, timeout_s: float | None) -> None:
+def _show_table(console: Console, messages: Iterator[Broadcast]) -> None:
     """Keep one row a hint up to date; a hint that is no longer asked leaves with the next frame."""
     newest: dict[str, Hint] = {}
     footer = ""
     with Live(console=console, auto_refresh=False) as live:
-        for message in _limited(endpoint, count, timeout_s):
+        for message in messages:
             match message:
                 case Hint():
                     newest[message.hint] = message

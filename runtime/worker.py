@@ -8,6 +8,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.generate import Generation
 from sonoedge.runtime.hint_engine import HintResult
+from sonoedge.runtime.hint_smoothing import HintSmoother
 from sonoedge.runtime.look import Look, Prompter, look_at
 from sonoedge.runtime.model import Model
 from sonoedge.runtime.prompt import HINT_LANGUAGE
@@ -31,6 +32,7 @@ class Worker:
         questions: QuestionQueue,
         *,
         on_hints: Callable[[Frame, list[HintResult]], None],
+        on_stale: Callable[[Frame, list[HintResult]], None],
         on_reply: Callable[[Question, Reply], None],
         on_failure: Callable[[SonoEdgeError], None],
         answer_slice_ms: float = ANSWER_SLICE_MS,
@@ -38,8 +40,11 @@ class Worker:
         self._model = model
         self._slot = slot
         self._questions = questions
-        self._on_hints, self._on_reply, self._on_failure = on_hints, on_reply, on_failure
+        self._on_hints, self._on_stale, self._on_reply, self._on_failure = on_hints, on_stale, on_reply, on_failure
+        self._smoother = HintSmoother(model.engine.schema)
         self._slice_ms = answer_slice_ms
+        self.stages_ms: dict[str, float] = {}  # where the time of the newest frame went
+        self.beats = 0  # grows while the thread gets on: with every turn and every step of an answer
         self._prompter = Prompter(model.session, model.tokenizer)
         self._look: Look | None = None  # of the newest frame that has its hints
         self._current: tuple[Question, Generation, int] | None = None  # the answer in the making, and its start in ns
@@ -52,9 +57,12 @@ class Worker:
     def run(self, stop: threading.Event) -> None:
         """Work until `stop`; questions that are left then get an error reply."""
         while not stop.is_set():
+            self.beats += 1
             frame = self._slot.get(0 if self._current or len(self._questions) else POLL_S)
             if frame is not None:
                 self._hint(frame)
+            else:
+                self._expire()
             self._answer(stop)
         while (question := self._current[0] if self._current else self._questions.take()) is not None:
             self._current = None
@@ -63,13 +71,23 @@ class Worker:
     def _hint(self, frame: Frame) -> None:
         if self._current:
             self._current[1].suspend()
+        taken_ns = time.monotonic_ns()
         try:
             self._look = look_at(self._model.session, frame)
-            results = self._model.engine.judge(self._look)
+            looked_ns = time.monotonic_ns()
+            results = self._smoother.update(frame, self._model.engine.judge(self._look))
         except SonoEdgeError as error:  # of this frame; the next may be fine
             self._on_failure(error)
         else:
+            spans_ns = {"wait": taken_ns - frame.captured_ns, "look": looked_ns - taken_ns}
+            spans_ns["hints"] = time.monotonic_ns() - looked_ns
+            self.stages_ms = {stage: span_ns / 1e6 for stage, span_ns in spans_ns.items()}
             self._on_hints(frame, results)
+
+    def _expire(self) -> None:
+        """Take back what was said about a frame that has grown too old."""
+        if self._look is not None and (stale := self._smoother.expire(time.monotonic_ns())):
+            self._on_stale(self._look.frame, stale)
 
     def _answer(self, stop: threading.Event) -> None:
         """Go on with the current answer, or begin the next, until it ends or a frame waits and the slice is over."""
@@ -79,6 +97,7 @@ class Worker:
         question, generation, began_ns = self._current
         resumed_ns, until_ns = time.monotonic_ns(), None
         while generation.finish is None and not stop.is_set():
+            self.beats += 1
             try:
                 piece = generation.step()
             except SonoEdgeError as error:

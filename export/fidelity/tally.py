@@ -137,7 +137,7 @@ class Tally:
             float_model={name: expected_calibration_error(scores, 1.0) for name, scores in before.items()},
             variant={name: expected_calibration_error(scores, 1.0) for name, scores in after.items()},
             recalibrated={
-                name: expected_calibration_error(scores, calibration[name].temperature)
+                name: expected_calibration_error(scores, calibration[name])
                 for name, scores in after.items()
                 if name in calibration
             }

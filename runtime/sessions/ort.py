@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 SMALL_WEIGHTS_BYTES = 4 * 2**20  # a stage smaller than this stays in a core's caches
+HELD_WEIGHTS_BYTES = 256 * 2**20  # a larger file is mapped: sessions with copies of it would not fit a small machine
 CPU = "CPUExecutionProvider"
 
 
@@ -170,7 +171,14 @@ def load_graph(path: Path, threads: int, provider: str = CPU) -> onnxruntime.Inf
     # Without it, x86 processors that lack VNNI add int8 products in saturating 16-bit sums and answer wrongly.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3
+    # ONNX Runtime maps a file of weights: one that is written over while it is served would change the answers, and one
+    # that is cut short would end the process. Weights that are read into memory stay the ones that were checked.
+    held = [file for file in path.parent.glob("*.weights") if file.stat().st_size <= HELD_WEIGHTS_BYTES]
+    contents = [file.read_bytes() for file in held]
     try:
+        if held:
+            sizes = [len(content) for content in contents]
+            options.add_external_initializers_from_files_in_memory([file.name for file in held], contents, sizes)
         return runtime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # onnxruntime's own errors share no base class but Exception
         raise SonoEdgeError(

@@ -7,7 +7,8 @@ from typing import Literal, Protocol
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
 
-SourceState = Literal["waiting", "live", "lost", "ended"]  # waiting: connected, but no frame yet
+# waiting: connected, but no frame yet; stalled: connected, but no frame any more
+SourceState = Literal["waiting", "live", "stalled", "lost", "ended"]
 
 _STREAMS = ("rtsp://", "rtsps://", "http://", "https://")
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}

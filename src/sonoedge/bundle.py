@@ -15,6 +15,7 @@ from sonoedge.manifest import (
     GRAPHS_FOLDER,
     HINT_SCHEMA_FILE,
     MANIFEST_FILE,
+    SIGNATURE_FILE,
     TOKENIZER_FILE,
     Contents,
     DecoderSpec,
@@ -30,6 +31,7 @@ from sonoedge.manifest import (
     StageCost,
     decode_manifest,
 )
+from sonoedge.signing import Signer, read_signer, require_trusted
 
 __all__ = [
     "ENGINES_FOLDER",
@@ -65,6 +67,7 @@ class Bundle(msgspec.Struct, frozen=True):
 
     root: Path
     manifest: Manifest
+    signer: Signer = Signer("unsigned")
 
     def path(self, name: str) -> Path:
         """Return where a listed file is; raises SonoEdgeError for one that the manifest does not list."""
@@ -87,11 +90,16 @@ class Bundle(msgspec.Struct, frozen=True):
         raise SonoEdgeError(f"{self.root}: no {purpose} graph in the formulation {formulation}: build the bundle again")
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(
+    path: Path, *, trusted: Path | None = None, require_signature: bool = False, ignore_signature: bool = False
+) -> Bundle:
     """Check every byte of the bundle at `path` and return it.
 
+    trusted: folder of the public keys that this machine trusts. require_signature: refuse a bundle that none of them
+    signed, before any of its files is read. ignore_signature: take it as unsigned, to sign it again.
+
     Raises SonoEdgeError naming the file: no bundle, an unreadable or newer manifest, a file that is changed, missing,
-    unlisted (outside engines/), a link or outside the folder.
+    unlisted (outside engines/), a link or outside the folder, a signature that does not belong to the manifest.
     """
     # A scanner's `current` may be a link to the bundle in use: the folder that it names now is the one that is served.
     root = path.resolve()
@@ -101,7 +109,11 @@ def open_bundle(path: Path) -> Bundle:
     try:
         if (root / MANIFEST_FILE).stat().st_size > _LARGEST_MANIFEST_BYTES:
             raise SonoEdgeError(f"{MANIFEST_FILE} is over {_LARGEST_MANIFEST_BYTES} bytes long: build the bundle again")
-        manifest = decode_manifest((root / MANIFEST_FILE).read_bytes())
+        data = (root / MANIFEST_FILE).read_bytes()
+        signer = Signer("unsigned") if ignore_signature else read_signer(root, data, trusted)
+        if require_signature:
+            require_trusted(signer, trusted)
+        manifest = decode_manifest(data)
         _check_unlisted(root, manifest)
         for name, entry in manifest.files.items():
             _check_file(root, name, entry)
@@ -111,18 +123,19 @@ def open_bundle(path: Path) -> Bundle:
         raise SonoEdgeError(
             f"{path}: {error.filename or 'the bundle'} cannot be read ({error.strerror}): copy the bundle again"
         ) from error
-    return Bundle(root, manifest)
+    return Bundle(root, manifest, signer)
 
 
 def _check_unlisted(root: Path, manifest: Manifest) -> None:
     """Refuse links anywhere and files that the manifest does not list, engines aside."""
+    own = (MANIFEST_FILE, SIGNATURE_FILE)
     for folder, subfolders, names in os.walk(root, onerror=_raise):
         here = Path(folder).relative_to(root)
         for name in (*subfolders, *names):
             relative = str(PurePosixPath(here / name))
             if (root / relative).is_symlink():
                 raise SonoEdgeError(f"{relative} is a link, which a bundle may not hold: copy the bundle again")
-            if name in names and relative not in manifest.files and relative != MANIFEST_FILE:
+            if name in names and relative not in manifest.files and relative not in own:
                 raise SonoEdgeError(f"{relative} is not listed in {MANIFEST_FILE}: remove it, or copy the bundle again")
         if here == Path() and ENGINES_FOLDER in subfolders:
             subfolders.remove(ENGINES_FOLDER)

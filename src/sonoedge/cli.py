@@ -10,12 +10,15 @@ import msgspec
 import typer
 
 from sonoedge import __version__
+from sonoedge.cli_security import AsJson, audit_log, keys
 from sonoedge.refusals import sentence
 
 REFUSED = 2
 INTERRUPTED = 130
 
 app = typer.Typer(name="sonoedge", add_completion=False)
+app.add_typer(keys, name="keys")
+app.add_typer(audit_log, name="audit")
 
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint in the released format.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `build` made.", show_default=False)]
@@ -27,7 +30,13 @@ Backend = Annotated[
     Literal["tensorrt", "cuda", "cpu"] | None,
     typer.Option(help="What runs the bundle; else what its device profile names.", show_default=False),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
+HintsEndpoint = Annotated[str, typer.Argument(help="Where `serve` publishes hints.", metavar="HINTS_ENDPOINT")]
+ClientKey = Annotated[
+    Path | None, typer.Option(help="This client's CURVE keys, for a server that has keys.", show_default=False)
+]
+ServerKey = Annotated[
+    str | None, typer.Option(help="The server's public key, or the file that holds it.", show_default=False)
+]
 TimeoutS = Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds of silence.")]
 
 
@@ -236,22 +245,90 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def serve(
+def sign(
     bundle: BundlePath,
-    source: Annotated[str, typer.Option(help="Video, image folder, DICOM clip, camera (0, /dev/video0) or rtsp://…")],
-    bind: Annotated[str, typer.Option(help="Endpoint for questions.")] = "tcp://127.0.0.1:5555",
-    hints_bind: Annotated[str, typer.Option(help="Endpoint that hints are published on.")] = "tcp://127.0.0.1:5556",
-    once: Annotated[bool, typer.Option("--once", help="End when the file or folder ends, instead of looping.")] = False,
+    key: Annotated[Path, typer.Option(help="Secret key that `keys make --signing` wrote (.pem).")],
+    as_json: AsJson = False,
+) -> None:
+    """Vouch for a bundle: check every file, then write an Ed25519 signature beside its manifest."""
+    from sonoedge import signing
+
+    signing.run(bundle, key, as_json=as_json)
+
+
+@app.command()
+def serve(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Folder that `build` made; else that of --config.", show_default=False)
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="Video, image folder, DICOM clip, camera (0, /dev/video0) or rtsp://…", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with these options; what is said here wins.", show_default=False)
+    ] = None,
+    bind: Annotated[
+        str | None, typer.Option(help="Endpoint for questions; else tcp://127.0.0.1:5555.", show_default=False)
+    ] = None,
+    hints_bind: Annotated[
+        str | None,
+        typer.Option(help="Endpoint that hints are published on; else tcp://127.0.0.1:5556.", show_default=False),
+    ] = None,
+    once: Annotated[
+        bool | None,
+        typer.Option("--once", help="End when the file or folder ends, instead of looping.", show_default=False),
+    ] = None,
     fps: Annotated[
         float | None, typer.Option(min=0.1, help="Frames a second; else the source's own.", show_default=False)
     ] = None,
     backend: Backend = None,
+    server_key: Annotated[
+        Path | None, typer.Option(help="The server's CURVE keys, to be reached by others.", show_default=False)
+    ] = None,
+    allow: Annotated[
+        Path | None, typer.Option(help="Folder of the clients' public keys; with --server-key.", show_default=False)
+    ] = None,
+    trusted: Annotated[
+        Path | None, typer.Option(help="Folder of the keys that may have signed the bundle.", show_default=False)
+    ] = None,
+    require_signature: Annotated[
+        bool | None,
+        typer.Option("--require-signature", help="Refuse a bundle that no trusted key signed.", show_default=False),
+    ] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="Folder for the audit log; else none is kept.", show_default=False)
+    ] = None,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None,
+        typer.Option(help="What is logged to standard error; else warnings.", show_default=False),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print what would be served, as TOML, and end.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a feed, publish hints about it and answer questions."""
     from sonoedge.runtime import serve
 
-    serve.run(bundle, source, bind, hints_bind, once, fps, as_json=as_json, backend=backend)
+    serve.run(
+        bundle,
+        source,
+        bind,
+        hints_bind,
+        once,
+        fps,
+        as_json,
+        backend,
+        config=config,
+        log_level=log_level,
+        server_key=server_key,
+        allow=allow,
+        trusted=trusted,
+        require_signature=require_signature,
+        audit=audit,
+        print_only=print_config,
+    )
 
 
 @app.command()
@@ -262,25 +339,31 @@ def ask(
         Literal["en", "zh"] | None, typer.Option(help="Of the system turn; else that before hints.", show_default=False)
     ] = None,
     timeout_s: TimeoutS = 30.0,
+    key: ClientKey = None,
+    server_key: ServerKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask a question about what the scanner sees now."""
     from sonoedge.runtime import ask
+    from sonoedge.runtime.key_files import client_keys
 
-    ask.run(endpoint, question, language, timeout_s, as_json=as_json)
+    ask.run(endpoint, question, language, timeout_s, as_json=as_json, keys=client_keys(key, server_key))
 
 
 @app.command()
 def watch(
-    endpoint: Annotated[str, typer.Argument(help="Where `serve` publishes hints.", metavar="HINTS_ENDPOINT")],
+    endpoint: HintsEndpoint,
     count: Annotated[int | None, typer.Option(min=1, help="End after this many.", show_default=False)] = None,
     timeout_s: TimeoutS = 30.0,
+    key: ClientKey = None,
+    server_key: ServerKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Print hints as they are published; with --json, one line each."""
     from sonoedge.runtime import watch
+    from sonoedge.runtime.key_files import client_keys
 
-    watch.run(endpoint, count, timeout_s, as_json=as_json)
+    watch.run(endpoint, count, timeout_s, as_json=as_json, keys=client_keys(key, server_key))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from sonoedge.errors import SonoEdgeError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.json.sig"  # over the manifest's bytes, so outside its list of files
 TOKENIZER_FILE = "tokenizer.json"
 HINT_SCHEMA_FILE = "hint_schema.toml"
 GRAPHS_FOLDER = "graphs"
@@ -97,6 +98,12 @@ class HintCalibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     temperature: float = 1.0
     abstain_below: float = 0.0
+    scale: tuple[float, ...] = ()  # vector scaling, a number a candidate; () for none
+    shift: tuple[float, ...] = ()
+    platt: tuple[float, float] | None = None  # slope and intercept on the log-odds of the likeliest candidate
+    coverage: float | None = None  # share of frames whose set of candidates holds the right one; None: never measured
+    set_floor: float = 0.0  # least probability in the set
+    set_floors: dict[str, float] = {}  # the same where the quality hint says this, if it differs
 
 
 class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,7 +204,7 @@ def check_name(name: str) -> None:
     plain = str(path) == name and not path.is_absolute() and ".." not in path.parts and name != "."
     if not plain or "\\" in name or not name.isprintable():
         raise SonoEdgeError(f"{name!r} is not a plain path inside the bundle: a bundle holds files under itself only")
-    if name == MANIFEST_FILE or path.parts[0] == ENGINES_FOLDER:
+    if name in (MANIFEST_FILE, SIGNATURE_FILE) or path.parts[0] == ENGINES_FOLDER:
         raise SonoEdgeError(f"{name!r} cannot be among the files of a bundle: the name is taken")
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from sonoedge.bundle import open_bundle
+from sonoedge.signing import TRUSTED_KEYS, Signer
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -17,11 +18,21 @@ class Verified(msgspec.Struct, frozen=True):
     bytes: int
     golden_error: float
     golden_bound: float
+    signature: Signer
 
 
-def run(path: Path, *, as_json: bool, backend: Literal["tensorrt", "cuda", "cpu"] | None = None) -> None:
-    """Check and report; raises SonoEdgeError naming what differs. `backend` None: the one of the bundle's profile."""
-    bundle = open_bundle(path)
+def run(
+    path: Path,
+    *,
+    as_json: bool,
+    backend: Literal["tensorrt", "cuda", "cpu"] | None = None,
+    trusted: Path = TRUSTED_KEYS,
+) -> None:
+    """Check and report; raises SonoEdgeError naming what differs. `backend` None: the one of the bundle's profile.
+
+    trusted: folder of the public keys whose signature is reported as trusted.
+    """
+    bundle = open_bundle(path, trusted=trusted)
     # Hashes are checked before a backend is loaded: a changed graph is never run.
     from sonoedge.runtime import golden
 
@@ -32,10 +43,11 @@ def run(path: Path, *, as_json: bool, backend: Literal["tensorrt", "cuda", "cpu"
         bytes=sum(entry.bytes for entry in bundle.manifest.files.values()),
         golden_error=golden.check(bundle, backend),
         golden_bound=bundle.manifest.golden.bound,
+        signature=bundle.signer,
     )
     if as_json:
         print(msgspec.json.encode(result).decode())
         return
     print(f"{path}: {result.files} files, {result.bytes / 1e6:.1f} MB, every SHA-256 as built")
-    print(f"model {result.model}")
+    print(f"model {result.model}, {result.signature}")
     print(f"recorded outputs: largest difference {result.golden_error:.2g}, allowed {result.golden_bound:.2g}")

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import msgspec
@@ -138,7 +139,7 @@ def start_server(make_model: Callable[..., Model]) -> Iterator[Callable[..., Ser
     """Start a server on free loopback ports; it is stopped after the test."""
     servers: list[Server] = []
 
-    def start(source: Source, model: Model | None = None, *, wait_for_frame: bool = True, **options: float) -> Server:
+    def start(source: Source, model: Model | None = None, *, wait_for_frame: bool = True, **options: Any) -> Server:
         server = Server(
             model or make_model(), source, bind="tcp://127.0.0.1:*", hints_bind="tcp://127.0.0.1:*", **options
         )

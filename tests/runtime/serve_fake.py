@@ -12,7 +12,7 @@ from sonoedge.runtime.sessions.fake import FakeSession
 from sonoedge.runtime.tokens import Tokenizer
 
 
-def load(_bundle: Path, _backend: object = None) -> Model:
+def load(_bundle: Path, _backend: object = None, **_policy: object) -> Model:
     """Stand in for `open_model`."""
     tokenizer, schema = Tokenizer.from_file(sys.argv[1]), load_schema()
     session = FakeSession(tokenizer, schema, step_s=0.002)

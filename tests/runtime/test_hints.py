@@ -11,7 +11,7 @@ from sonoedge.bundle import HintCalibration, ImageSpec
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.familiarity import Familiarity, load_familiarity
 from sonoedge.runtime.frame import Frame
-from sonoedge.runtime.hint_engine import LOW_CONFIDENCE, UNSEEN, HintEngine
+from sonoedge.runtime.hint_engine import LOW_CONFIDENCE, UNSEEN, HintEngine, poor_frame
 from sonoedge.runtime.hint_layout import lay_out
 from sonoedge.runtime.hints import HintSchema, load_schema
 from sonoedge.runtime.look import Prompter, look_at
@@ -64,6 +64,7 @@ def test_packaged_schema_is_complete() -> None:
         (('name = "a"', 'name = "a"\nask_when = { hint = "b", is = "x" }'), "waits for b = x"),
         (('zh = "二"', "zh = 2"), "candidates"),
         (("[[hint]]", "[[hint"), "wrong"),
+        (('name = "a"', 'name = "a"\nvalid_ms = 0'), "valid_ms"),
     ],
 )
 def test_a_wrong_schema_is_refused_by_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
@@ -146,6 +147,46 @@ def test_temperature_and_threshold_make_it_abstain(make_model: MakeModel, shade:
     assert not quality.abstain
 
 
+def test_a_calibrated_hint_carries_its_set(make_model: MakeModel, shade: Shade) -> None:
+    calibration = {
+        "region": HintCalibration(temperature=40.0, coverage=0.9, set_floor=0.5, set_floors={"good": 0.1}),
+        "quality": HintCalibration(coverage=0.9, set_floor=0.5),
+    }
+    dark = {hint.hint: hint for hint in make_model(calibration=calibration).engine.hints(shade(0))}
+    assert dark["quality"].answer == "good"  # so the region's set takes the floor of good frames
+    inside = [name for name, share in dark["region"].candidates.items() if share >= 0.1]
+    assert len(inside) > 1
+    assert dark["region"].set[0] == dark["region"].answer
+    assert set(dark["region"].set) == set(inside)
+    assert (dark["quality"].set, dark["quality"].coverage) == (("good",), 0.9)
+    assert (dark["finding"].set, dark["finding"].coverage) == ((), None)
+    bright = {hint.hint: hint for hint in make_model(calibration=calibration).engine.hints(shade(255))}
+    assert bright["region"].set == (bright["region"].answer,)  # never empty, though no share reaches one half
+
+
+def test_a_picture_of_an_unseen_kind_is_promised_nothing(make_model: MakeModel, shade: Shade) -> None:
+    far = Familiarity(np.full(8, 9.0, np.float32), np.eye(8, dtype=np.float32), 0.1)
+    model = make_model(familiarity=far, calibration={"region": HintCalibration(coverage=0.9)})
+    region = model.engine.hints(shade(0))[0]
+    assert (region.reason, region.set, region.coverage) == (UNSEEN, (), None)
+
+
+def test_vector_scaling_and_platt_reach_the_hints(make_model: MakeModel, shade: Shade) -> None:
+    (plain, *_) = make_model(calibration={"quality": HintCalibration()}).engine.hints(shade(0))[1:]
+    scaled = HintCalibration(scale=(0.01, 0.01), shift=(0.0, 1.0))
+    (moved, *_) = make_model(calibration={"quality": scaled}).engine.hints(shade(0))[1:]
+    assert (plain.answer, moved.answer) == ("good", "poor")
+    (line, *_) = make_model(calibration={"quality": HintCalibration(platt=(0.0, 1.0))}).engine.hints(shade(0))[1:]
+    assert line.answer == "good"
+    assert line.probability == pytest.approx(1 / (1 + np.exp(-1)))
+
+
+def test_a_poor_frame_gets_no_answer_and_says_why(schema: HintSchema) -> None:
+    hints = poor_frame(schema, "in air")
+    assert [hint.hint for hint in hints] == ["region", "quality", "finding"]
+    assert {(hint.answer, hint.abstain, hint.reason) for hint in hints} == {(None, True, "poor frame: in air")}
+
+
 def test_a_hint_that_abstains_asks_no_other(make_model: MakeModel, shade: Shade) -> None:
     calibration = {"finding": HintCalibration(abstain_below=1.1)}
     hints = make_model(calibration=calibration).engine.hints(shade(0))
@@ -174,6 +215,18 @@ def test_a_wrong_familiarity_file_is_refused(tmp_path: Path) -> None:
     np.savez(path, mean=np.array([object()], dtype=object), whitening=np.zeros((1, 1)), threshold=1.0)
     with pytest.raises(SonoEdgeError, match="build the bundle again"):
         load_familiarity(path)
+    mean, whitening = np.zeros(4), np.zeros((4, 2))
+    for within in (np.eye(3), np.eye(2)):
+        np.savez(
+            path, mean=mean, whitening=whitening, threshold=1.0, centres=np.zeros((3, len(within) + 1)), within=within
+        )
+        with pytest.raises(SonoEdgeError, match="centres and within that do not fit 2 directions"):
+            load_familiarity(path)
+    np.savez(path, mean=mean, whitening=whitening, threshold=1.0, centres=np.zeros((3, 2)))
+    with pytest.raises(SonoEdgeError, match="centres and within that do not fit 2 directions"):
+        load_familiarity(path)
+    np.savez(path, mean=mean, whitening=whitening, threshold=1.0)  # as it was written before regions were told apart
+    assert load_familiarity(path).centres is None
     with pytest.raises(SonoEdgeError, match="build the bundle again"):
         load_familiarity(tmp_path / "none.npz")
 

@@ -224,7 +224,7 @@ def test_before_the_first_frame_there_is_no_answer(start_server: StartServer, ma
         assert client.answer("What?").finish == "stop"
 
 
-def test_a_silent_source_is_waiting_again(
+def test_a_silent_source_is_stalled(
     start_server: StartServer, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sonoedge.runtime.server.STALL_S", 0.1)
@@ -232,7 +232,7 @@ def test_a_silent_source_is_waiting_again(
     server = start_server(source)
     source.silent = True
     states = (m.state for m in listen(server.hints_endpoint, timeout_s=30) if isinstance(m, State))
-    assert any(state == "waiting" for state in states)
+    assert any(state == "stalled" for state in states)
 
 
 def test_hints_go_on_during_a_long_answer(

@@ -53,7 +53,7 @@ def test_a_session_with_the_three_verbs(serve_process: ServeProcess, sonoedge: S
     assert (spoken.status, spoken.out) == (0, "良好\n")
     assert "Tests only." in spoken.err
 
-    second = sonoedge("ask", bind, "why? " * 5000)
+    second = sonoedge("ask", bind, "why? " * 3000)
     assert second.status == 2
     assert "context holds 4096" in second.err or "tokens long" in second.err
 

@@ -228,9 +228,7 @@ def test_the_way_out_names_a_profile_that_is_not_the_bundles(make_bundle: Callab
 def test_a_library_that_is_missing_is_told(builder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, builder, None)
     way = re.escape("python3-libnvinfer" if builder == "tensorrt" else "pip install 'sonoedge[rtx]'")
-    with pytest.raises(
-        SonoEdgeError, match=rf"{builder} cannot be imported .*, which the engines need: .*{way}"
-    ):
+    with pytest.raises(SonoEdgeError, match=rf"{builder} cannot be imported .*, which the engines need: .*{way}"):
         tensorrt.load_tensorrt(builder)
 
 
