@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from benchmarks.fuzz import fuzz
 
 from sonoedge.runtime.client import Client, listen
 from sonoedge.runtime.protocol import Answer, Ask, Error, Hint, Status, Token, decode_reply, encode
@@ -134,8 +133,11 @@ def test_a_subscriber_that_stops_reading_holds_up_nobody(serve_process: ServePro
 
 
 def test_rubbish_gets_an_error_or_nothing_and_good_questions_their_answer(
-    serve_process: ServeProcess, clip: Path
+    serve_process: ServeProcess, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[3])  # the benches are run from the top-level folder
+    from benchmarks.fuzz import fuzz
+
     process = serve_process(clip, "--fps", "10")
     result = fuzz(process.ready["bind"], 400, seed=7)
     assert process.popen.poll() is None
