@@ -6,10 +6,8 @@ from sonoedge.bundle import BundleWriter, ExpertsSpec, Graph
 from sonoedge.device_profiles import Profile
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.plugins.artifact import INDEX_FILE, KERNELS_FOLDER
-from sonoedge.export.plugins.dispatch import Activation, Experts
-from sonoedge.export.plugins.kernel_set import experts_for, targets, write_kernels
-
-ACTIVATION: Activation = "float32"  # what the graphs carry between int8 products
+from sonoedge.export.plugins.dispatch import Experts
+from sonoedge.export.plugins.kernel_set import ACTIVATION, experts_for, prefill_counts, targets, write_kernels
 
 
 def experts_spec(config: ModelConfig) -> ExpertsSpec | None:
@@ -34,12 +32,11 @@ def add_kernels(
     """Compile what the bundle's plugin graphs run; gives the path of the kernels' index, None where none are needed."""
     if experts is None or device.buckets is None or not any(graph.formulation == "trt-plugins" for graph in graphs):
         return None
-    tokens = (1, *device.buckets.prefill_tokens)  # a graph for many tokens may serve one as well
     write_kernels(
         lambda name: writer.add(f"{KERNELS_FOLDER}/{name}"),
         experts,
         ACTIVATION,
-        tokens,
+        prefill_counts(device.buckets),
         targets(device, plugins_only=True),
     )
     return f"{KERNELS_FOLDER}/{INDEX_FILE}"

@@ -67,7 +67,7 @@ class KernelIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
         Raises SonoEdgeError when there is none.
         """
-        wanted = (kernel.operator, constants_of(kernel, experts, tile), tile.num_warps, tile.num_stages, sm)
+        wanted = (kernel.operator, kernel.values(experts, tile), tile.num_warps, tile.num_stages, sm)
         usable = [
             artifact
             for artifact in self.artifacts
@@ -80,11 +80,6 @@ class KernelIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
                 f"{ptx_version / 10}: build the bundle for this device's profile and its buckets"
             )
         return max(usable, key=lambda artifact: artifact.ptx)
-
-
-def constants_of(kernel: Kernel, experts: Experts, tile: Tile) -> dict[str, int]:
-    """Return what is compiled into a kernel, as numbers."""
-    return {name: int(value) for name, value in kernel.values(experts, tile).items()}
 
 
 def read_index(folder: Path) -> KernelIndex:

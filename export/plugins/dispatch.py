@@ -109,9 +109,9 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     constants: tuple[str, ...]
 
     def values(self, experts: Experts, tile: Tile) -> dict[str, int]:
-        """Every constant with its value, in the order of the kernel's parameters."""
+        """Every constant as a number, in the order of the kernel's parameters."""
         known: dict[str, int] = {**msgspec.structs.asdict(experts), **tile.constants}
-        return {name: known[name] for name in self.constants}
+        return {name: int(known[name]) for name in self.constants}
 
 
 def ceil_div(value: N, divisor: int) -> N:

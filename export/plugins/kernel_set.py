@@ -8,14 +8,8 @@ from pathlib import Path
 import msgspec
 
 from sonoedge.device_profiles import Profile
-from sonoedge.export.plugins.artifact import (
-    INDEX_FILE,
-    Artifact,
-    KernelIndex,
-    Parameter,
-    constants_of,
-    encode_index,
-)
+from sonoedge.device_profiles.schema import Buckets
+from sonoedge.export.plugins.artifact import INDEX_FILE, Artifact, KernelIndex, Parameter, encode_index
 from sonoedge.export.plugins.compile import Source
 from sonoedge.export.plugins.dispatch import (
     DECODE,
@@ -31,6 +25,7 @@ from sonoedge.export.plugins.kernel_cache import build, cache_folder
 from sonoedge.manifest import ExpertsSpec
 from sonoedge.progress import track
 
+ACTIVATION: Activation = "float32"  # what the graphs carry between int8 products
 DECODE_TOKENS = (1,)  # one answer at a time
 _TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "i8", "int32": "i32"}
 
@@ -73,7 +68,7 @@ class KernelChoice(msgspec.Struct, frozen=True):
         return Source(
             getattr(module, self.kernel.function),
             {parameter.name: parameter.type for parameter in self.parameters},
-            constants_of(self.kernel, self.experts, self.tile),
+            self.kernel.values(self.experts, self.tile),
             self.tile.num_warps,
             self.tile.num_stages,
         )
@@ -96,6 +91,11 @@ def experts_for(spec: ExpertsSpec, prefill_tokens: int) -> Experts:
     """Return what the nodes of a model's experts say, blocks as tall as suits the largest number of prefill tokens."""
     block_rows = default_block_rows(prefill_tokens, spec.experts, spec.chosen)
     return Experts(**msgspec.structs.asdict(spec), block_rows=block_rows)
+
+
+def prefill_counts(buckets: Buckets) -> tuple[int, ...]:
+    """Return the numbers of tokens that a graph for many runs: its own sizes, and one where it serves that as well."""
+    return (1, *buckets.prefill_tokens)
 
 
 def choices(
@@ -124,7 +124,7 @@ def compile_all(wanted: list[KernelChoice], target: Target, folder: Path) -> Ite
         artifact = Artifact(
             name=choice.name,
             operator=choice.kernel.operator,
-            constants=constants_of(choice.kernel, choice.experts, choice.tile),
+            constants=choice.kernel.values(choice.experts, choice.tile),
             entry=built.compiled.entry,
             sm=target.sm,
             ptx=target.ptx_version,
@@ -140,6 +140,19 @@ def compile_all(wanted: list[KernelChoice], target: Target, folder: Path) -> Ite
         yield artifact, ptx
 
 
+def compile_for_targets(
+    wanted: list[KernelChoice], wanted_targets: list[Target], label: str
+) -> list[tuple[Artifact, str]]:
+    """Return each kernel with its PTX for each target, from the user's cache or compiled; shows progress."""
+    made = []
+    with track(label, len(wanted) * len(wanted_targets)) as advance:
+        for target in wanted_targets:
+            for artifact, ptx in compile_all(wanted, target, cache_folder()):
+                made.append((artifact, ptx))
+                advance(note=artifact.name)
+    return made
+
+
 def write_kernels(
     path: Callable[[str], Path],
     experts: Experts,
@@ -149,12 +162,8 @@ def write_kernels(
 ) -> None:
     """Compile all kernels for the targets and write them and their index, each to where `path` says for its name."""
     wanted = choices(experts, activation, prefill_tokens, DECODE_TOKENS)
-    artifacts = []
-    with track("compiling kernels", len(wanted) * len(wanted_targets)) as advance:
-        for target in wanted_targets:
-            for artifact, ptx in compile_all(wanted, target, cache_folder()):
-                path(artifact.file).write_text(ptx)
-                artifacts.append(artifact)
-                advance(note=artifact.name)
-    index = KernelIndex(activation=activation, experts=experts, artifacts=tuple(artifacts))
+    made = compile_for_targets(wanted, wanted_targets, "compiling kernels")
+    for artifact, ptx in made:
+        path(artifact.file).write_text(ptx)
+    index = KernelIndex(activation=activation, experts=experts, artifacts=tuple(artifact for artifact, _ in made))
     path(INDEX_FILE).write_bytes(encode_index(index))

@@ -6,11 +6,16 @@ import msgspec
 
 from sonoedge.device_profiles import Profile
 from sonoedge.export.plugins.artifact import Artifact
-from sonoedge.export.plugins.dispatch import Activation
-from sonoedge.export.plugins.kernel_cache import cache_folder
-from sonoedge.export.plugins.kernel_set import DECODE_TOKENS, choices, compile_all, experts_for, targets
+from sonoedge.export.plugins.kernel_set import (
+    ACTIVATION,
+    DECODE_TOKENS,
+    choices,
+    compile_for_targets,
+    experts_for,
+    prefill_counts,
+    targets,
+)
 from sonoedge.manifest import ExpertsSpec
-from sonoedge.progress import track
 
 
 class KernelRow(msgspec.Struct, frozen=True):
@@ -24,7 +29,7 @@ class KernelRow(msgspec.Struct, frozen=True):
     shared_memory_bytes: int  # a block
 
 
-def compile_for(spec: ExpertsSpec | None, profile: Profile, activation: Activation = "float32") -> list[Artifact]:
+def compile_for(spec: ExpertsSpec | None, profile: Profile) -> list[Artifact]:
     """Compile every kernel of a model's experts for every PTX version of a device's software.
 
     Nothing for a dense model or a device without a GPU. Raises SonoEdgeError for sizes that the kernels cannot compute.
@@ -32,17 +37,10 @@ def compile_for(spec: ExpertsSpec | None, profile: Profile, activation: Activati
     wanted_targets = targets(profile, plugins_only=False)
     if spec is None or not wanted_targets or profile.buckets is None:
         return []
-    prefill_tokens = profile.buckets.prefill_tokens
-    experts = experts_for(spec, prefill_tokens[-1])
-    # The graph for many tokens may serve one as well.
-    wanted = choices(experts, activation, (1, *prefill_tokens), DECODE_TOKENS)
-    made = []
-    with track(f"compiling kernels for {profile.id}", len(wanted) * len(wanted_targets)) as advance:
-        for target in wanted_targets:
-            for artifact, _ in compile_all(wanted, target, cache_folder()):
-                made.append(artifact)
-                advance(note=artifact.name)
-    return made
+    experts = experts_for(spec, profile.buckets.prefill_tokens[-1])
+    wanted = choices(experts, ACTIVATION, prefill_counts(profile.buckets), DECODE_TOKENS)
+    made = compile_for_targets(wanted, wanted_targets, f"compiling kernels for {profile.id}")
+    return [artifact for artifact, _ in made]
 
 
 def rows(artifacts: Iterable[Artifact]) -> list[KernelRow]:

@@ -289,7 +289,7 @@ def test_a_report_has_every_kernel_of_a_profile(monkeypatch: pytest.MonkeyPatch,
         assert given == (EXPERTS, "float32", PREFILL_TOKENS, (1,))
         return wanted(Target(87, 85))
 
-    monkeypatch.setattr(report, "cache_folder", lambda: compiled.folder)
+    monkeypatch.setattr(kernel_set, "cache_folder", lambda: compiled.folder)
     monkeypatch.setattr(report, "choices", few)
     rows = report.rows(report.compile_for(ECHOVLM, profile))
     built = msgspec.to_builtins(rows)

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.plugins import registration
-from sonoedge.export.plugins.artifact import INDEX_FILE, Artifact, KernelIndex, constants_of, encode_index, read_index
+from sonoedge.export.plugins.artifact import INDEX_FILE, Artifact, KernelIndex, encode_index, read_index
 from sonoedge.export.plugins.dispatch import DECODE, KERNELS, Experts, Kernel, grid, output_shapes, tiles
 from sonoedge.export.plugins.kernel_set import KernelChoice, choices
 
@@ -215,7 +215,7 @@ def _artifact(choice: KernelChoice, folder: Path) -> Artifact:
     return Artifact(
         name=choice.name,
         operator=choice.kernel.operator,
-        constants=constants_of(choice.kernel, choice.experts, choice.tile),
+        constants=choice.kernel.values(choice.experts, choice.tile),
         entry=choice.kernel.function,
         sm=SM,
         ptx=PTX,
