@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from sonoedge.runtime.gpu_findings import Finding, gpu_findings
+from sonoedge.runtime.system_files import memory_bytes, read_system_file
 
 _INT8_FLAGS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")  # instructions that multiply INT8 at full speed
 _VIDEO_LIBRARIES = ("FFMPEG", "GStreamer", "v4l/v4l2")
@@ -36,7 +37,7 @@ def _python() -> Finding:
 
 def _processor() -> Finding:
     cores = len(os.sched_getaffinity(0))
-    flags = set(re.findall(r"\w+", _read(Path("/proc/cpuinfo"))))
+    flags = set(re.findall(r"\w+", read_system_file(Path("/proc/cpuinfo"))))
     fast = [flag for flag in _INT8_FLAGS if flag in flags]
     meaning = (
         f"INT8 runs at full speed ({', '.join(fast)})."
@@ -47,12 +48,11 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
-    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE))
-    if "MemTotal" not in sizes or "MemAvailable" not in sizes:
+    total, available = memory_bytes("MemTotal"), memory_bytes("MemAvailable")
+    if total is None or available is None:
         return Finding("Memory", "unknown", False, "/proc/meminfo tells nothing: compare the bundle's size by hand.")
-    total, available = (int(sizes[key]) / 2**20 for key in ("MemTotal", "MemAvailable"))
     meaning = "The weights of a bundle and its KV cache must fit what is available."
-    return Finding("Memory", f"{available:.1f} of {total:.1f} GiB available", True, meaning)
+    return Finding("Memory", f"{available / 2**30:.1f} of {total / 2**30:.1f} GiB available", True, meaning)
 
 
 def _onnxruntime() -> Finding:
@@ -85,8 +85,3 @@ def _opencv() -> Finding:
     else:
         meaning = "Videos, RTSP, cameras and GStreamer pipelines can be read."
     return Finding("OpenCV", f"{cv2.__version__} ({has})", missing in ([], ["GStreamer"]), meaning)
-
-
-def _read(path: Path) -> str:
-    """The text of a file of the system, empty where the system has no such file."""
-    return path.read_text(errors="replace") if path.exists() else ""

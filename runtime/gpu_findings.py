@@ -10,6 +10,7 @@ import msgspec
 from sonoedge.engine_manifest import GET_BUILDER
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.sessions.gpu import GET_CUDA_PYTHON, find_gpu, load_cudart, newest_ptx
+from sonoedge.runtime.system_files import read_system_file
 
 _BOARD_FILE = Path("/proc/device-tree/model")
 _DEVICE_FILES = (Path("/dev/nvidia0"), Path("/dev/nvhost-gpu"), Path("/dev/nvgpu"))
@@ -31,7 +32,7 @@ def gpu_findings() -> list[Finding]:
 
 
 def _gpu() -> Finding:
-    board = _BOARD_FILE.read_text(errors="replace").strip("\0\n") if _BOARD_FILE.exists() else ""
+    board = read_system_file(_BOARD_FILE).strip("\0\n")
     jetson = board if "jetson" in board.lower() else ""
     try:
         gpu = find_gpu(load_cudart())

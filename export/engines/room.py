@@ -1,14 +1,14 @@
 """Whether this machine has the memory and the disk that a build takes, looked at before it starts."""
 
-import re
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import msgspec
 
 from sonoedge.bundle import GRAPHS_FOLDER, Bundle
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.engines.stages import Plan, Stage
+from sonoedge.runtime.system_files import memory_bytes
 
 # Of one engine's weights: what the builder lays out anew, and the plan on its way to the disk, whole in a library that
 # cannot write it piece by piece. The file that they come from is mapped, and makes room when it must.
@@ -16,8 +16,6 @@ COPIES_STREAMED = 2
 COPIES_WHOLE = 3
 BUILDER_BYTES = 512 * 2**20  # the library itself, and what it takes for a graph without weights
 KERNEL_BYTES = 4 * 2**20  # of a plan beside the weights, for each layer of the model and optimization profile
-
-_MEMORY_FILE = Path("/proc/meminfo")
 
 
 class Need(msgspec.Struct, frozen=True):
@@ -38,7 +36,7 @@ def estimate(bundle: Bundle, plan: Plan, *, streamed: bool) -> Need:
 
 def check_room(bundle: Bundle, need: Need) -> None:
     """Raise SonoEdgeError when the memory or the disk of this machine is too small."""
-    free = available_memory_bytes()
+    free = memory_bytes("MemAvailable")
     if free is not None and free < need.memory_bytes:
         raise SonoEdgeError(
             f"building needs {_gb(need.memory_bytes)} of memory and {_gb(free)} are available: end other programs, or "
@@ -50,13 +48,6 @@ def check_room(bundle: Bundle, need: Need) -> None:
             f"the engines need {_gb(need.disk_bytes)} and the disk of {bundle.root} has {_gb(room)} free: free space, "
             "or copy the bundle to a larger disk"
         )
-
-
-def available_memory_bytes() -> int | None:
-    """What programs can have without swapping, None where the system does not tell."""
-    text = _MEMORY_FILE.read_text() if _MEMORY_FILE.exists() else ""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def _weights_bytes(bundle: Bundle, stage: Stage) -> int:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.system_files import memory_bytes, read_system_file
 
 if TYPE_CHECKING:
     from sonoedge.runtime.sessions.device import Cudart
 
 GET_CUDA_PYTHON = "pip install 'sonoedge[jetson]' on a Jetson, 'sonoedge[gpu]' on another host with an NVIDIA GPU"
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
-_MEMORY_FILE = Path("/proc/meminfo")
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -65,8 +65,8 @@ def free_bytes(cudart: Cudart, gpu: Gpu) -> int:
     """Memory that can be had now: what CUDA calls free and, where processor and GPU share it, what can be reclaimed."""
     status, free, _total = cudart.cudaMemGetInfo()
     called(cudart, (status,))
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(_MEMORY_FILE), re.MULTILINE) if gpu.shares_memory else None
-    return max(int(free), int(found[1]) * 1024 if found else 0)
+    reclaimable = memory_bytes("MemAvailable") if gpu.shares_memory else None
+    return max(int(free), reclaimable or 0)
 
 
 def newest_ptx(cuda: str) -> int:
@@ -92,9 +92,5 @@ def called(cudart: Cudart, answer: tuple[Any, ...]) -> Any:
 
 def _driver_version() -> str | None:
     """The version of the loaded kernel driver, None where the system does not tell."""
-    found = re.search(r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", _text(_DRIVER_FILE))
+    found = re.search(r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", read_system_file(_DRIVER_FILE))
     return found[1] if found else None
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""

@@ -23,6 +23,7 @@ from sonoedge.export.engines.library import Abilities, Library
 from sonoedge.export.engines.room import BUILDER_BYTES, Need, check_room, estimate
 from sonoedge.export.engines.stages import plan_stages
 from sonoedge.runtime.sessions.gpu import Gpu
+from sonoedge.runtime.system_files import memory_bytes
 
 PROFILE = "rtx-sm86"
 RTX, JETSON = device_of(load_profile(PROFILE)), device_of(load_profile("jetson-orin-nano-8gb"))
@@ -62,7 +63,7 @@ def test_too_little_room_is_refused_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bundle = make_bundle()
-    monkeypatch.setattr(room, "available_memory_bytes", lambda: memory)
+    monkeypatch.setattr(room, "memory_bytes", lambda _key: memory)
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=free))
     with pytest.raises(SonoEdgeError, match=message):
         engine.run(bundle.root, PROFILE, False, as_json=True)
@@ -78,7 +79,7 @@ def test_what_a_build_needs_follows_the_weights(make_bundle: MakeBundle) -> None
     assert estimate(bundle, plan, streamed=False).memory_bytes == 3 * (stored - 10_000) + BUILDER_BYTES
     assert need.disk_bytes > stored
     check_room(bundle, Need(1, 1))
-    assert (room.available_memory_bytes() or 1) > 0
+    assert (memory_bytes("MemAvailable") or 1) > 0
 
 
 # The GPU of this machine.

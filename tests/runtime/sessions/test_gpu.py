@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime import system_files
 from sonoedge.runtime.sessions import gpu
 from sonoedge.runtime.sessions.device import Cudart, Device
 from sonoedge.runtime.sessions.engine_step import Context, LoadedEngine, TensorRt
@@ -125,7 +126,7 @@ def test_no_driver_and_no_gpu_are_told(fake: Any) -> None:
 
 
 def test_shared_memory_counts_what_can_be_reclaimed(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_MEMORY_FILE", tmp_path / "meminfo")
+    monkeypatch.setattr(system_files, "MEMORY_FILE", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal:  8000000 kB\nMemFree:  10 kB\nMemAvailable:  4000000 kB\n")
     cuda = fake.Cuda(free=10_000)
     own = find_gpu(cuda)
