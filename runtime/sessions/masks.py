@@ -1,4 +1,4 @@
-"""From which tokens see which to the attention bias that graphs add to their scores."""
+"""Which tokens see which, and the attention bias that graphs add to their scores for it."""
 
 from typing import Any
 
@@ -7,6 +7,11 @@ import numpy.typing as npt
 
 # What a token must not see gets this: far under every score, and so near to zero that a 16-bit sum stays finite.
 HIDDEN: dict[str, float] = {"float32": -1e9, "float16": -3e4}
+
+
+def causal(new: int, held: int) -> npt.NDArray[np.bool_]:
+    """Return [new, held + new]: every new token sees itself and all tokens before it."""
+    return np.tri(new, held + new, held, dtype=np.bool_)
 
 
 def attention_bias(

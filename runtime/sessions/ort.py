@@ -16,7 +16,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.preprocess import ImageSpec, Patches
 from sonoedge.runtime.sessions.base import DecoderSpec
 from sonoedge.runtime.sessions.checks import check_extend, check_rewind
-from sonoedge.runtime.sessions.masks import attention_bias
+from sonoedge.runtime.sessions.masks import attention_bias, causal
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -69,13 +69,10 @@ class OrtSession:
         ort_value = import_onnxruntime().OrtValue
         # One buffer is the past and the present of a layer: the operator writes new keys and values behind the old.
         self._cache = {name: ort_value.ortvalue_from_numpy(np.zeros(shape, self._decoder.cache_type)) for name in names}
-        self._no_image = np.zeros((1, spec.hidden), np.float32)
 
     def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
         """Return the embeddings [merged, hidden] of one picture."""
-        feed = {"patches": patches.values, "places": patch_places(patches.grid, self.image.merge_size)}
-        embeds: npt.NDArray[np.float32] = self._vision.run(["image_embeds"], feed)[0]
-        return embeds
+        return run_vision(self._vision, patches, self.image)
 
     def rewind(self, length: int) -> None:
         """Forget every token after the first `length`."""
@@ -94,14 +91,10 @@ class OrtSession:
         """Append tokens to the cache and return logits [r, vocab]; see `Session.extend`."""
         check_extend(self.spec, self.length, ids, image_embeds)
         new, total = len(ids), self.length + len(ids)
-        if visible is None:
-            visible = np.tri(new, total, self.length, dtype=np.bool_)  # [new, total]
-        inputs: dict[str, npt.NDArray[Any]] = {
-            "input_ids": ids[None],
-            "positions": positions[:, None],
-            "image_embeds": self._no_image if image_embeds is None or not len(image_embeds) else image_embeds,
+        visible = causal(new, self.length) if visible is None else visible
+        inputs = {
+            **token_inputs(self.spec, ids, positions, image_embeds, logits_rows),
             "attention_bias": attention_bias(visible, np.arange(total), (new, total)),
-            "logits_rows": np.array([new - 1]) if logits_rows is None else logits_rows,
             "last_token": np.array([total - 1], np.int32),
             "total_tokens": np.array(total, np.int32),
         }
@@ -127,18 +120,48 @@ class _Decoder:
     def run(self, inputs: Mapping[str, npt.NDArray[Any]], cache: Mapping[str, Any]) -> npt.NDArray[np.float32]:
         """Logits [r, vocab]; the cache's buffers take up the new tokens."""
         binding = self._binding
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
-        held = [np.ascontiguousarray(array) for array in inputs.values()]  # alive until the call is over
-        for name, array in zip(inputs, held, strict=True):
-            binding.bind_cpu_input(name, array)
-        binding.bind_output("logits")
+        held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the call is over
+        bind_anew(binding, held)
         for name, value in cache.items():
             binding.bind_ortvalue_input(f"past_{name}", value)
             binding.bind_ortvalue_output(f"present_{name}", value)
         self._session.run_with_iobinding(binding)
         logits: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()
         return logits
+
+
+def run_vision(vision: onnxruntime.InferenceSession, patches: Patches, image: ImageSpec) -> npt.NDArray[np.float32]:
+    """Return the embeddings [merged, hidden] that a vision graph gives of one picture."""
+    feed = {"patches": patches.values, "places": patch_places(patches.grid, image.merge_size)}
+    embeds: npt.NDArray[np.float32] = vision.run(["image_embeds"], feed)[0]
+    return embeds
+
+
+def token_inputs(
+    spec: DecoderSpec,
+    ids: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    image_embeds: npt.NDArray[np.float32] | None,
+    logits_rows: npt.NDArray[np.int64] | None,
+) -> dict[str, npt.NDArray[Any]]:
+    """Return what every decoder graph takes of `Session.extend`'s arguments; without a picture, a row of zeros."""
+    if image_embeds is None or not len(image_embeds):
+        image_embeds = np.zeros((1, spec.hidden), np.float32)
+    return {
+        "input_ids": ids[None],
+        "positions": positions[:, None],
+        "image_embeds": image_embeds,
+        "logits_rows": np.array([len(ids) - 1]) if logits_rows is None else logits_rows,
+    }
+
+
+def bind_anew(binding: Any, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Bind arrays, which must stay alive until the call is over, and the logits, in place of all that was bound."""
+    binding.clear_binding_inputs()
+    binding.clear_binding_outputs()
+    for name, array in inputs.items():
+        binding.bind_cpu_input(name, array)
+    binding.bind_output("logits")
 
 
 @functools.lru_cache(maxsize=16)

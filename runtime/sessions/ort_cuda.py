@@ -14,8 +14,8 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.preprocess import ImageSpec, Patches
 from sonoedge.runtime.sessions.base import DecoderSpec
 from sonoedge.runtime.sessions.checks import check_extend, check_rewind
-from sonoedge.runtime.sessions.masks import attention_bias
-from sonoedge.runtime.sessions.ort import CPU, import_onnxruntime, load_graph, patch_places
+from sonoedge.runtime.sessions.masks import attention_bias, causal
+from sonoedge.runtime.sessions.ort import CPU, bind_anew, import_onnxruntime, load_graph, run_vision, token_inputs
 
 CUDA = "CUDAExecutionProvider"
 Place = Literal["cuda", "cpu"]
@@ -51,7 +51,6 @@ class OrtCudaSession:
         dtype = np.int8 if held["past_key_0"] == "tensor(int8)" else np.float32
         self._empty = np.zeros((1, spec.kv_heads, 0, spec.head_dim), dtype)
         self._names = [f"{part}_{layer}" for layer in range(spec.layers) for part in ("key", "value")]
-        self._no_image = np.zeros((1, spec.hidden), np.float32)
         self._columns = np.zeros(0, np.int64)  # of each cached token
         self._width = 0  # columns of the cache, those of forgotten tokens included
         self._cache: dict[str, Any] = {}
@@ -64,9 +63,7 @@ class OrtCudaSession:
 
     def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
         """Return the embeddings [merged, hidden] of one picture."""
-        feed = {"patches": patches.values, "places": patch_places(patches.grid, self.image.merge_size)}
-        embeds: npt.NDArray[np.float32] = self._vision.run(["image_embeds"], feed)[0]
-        return embeds
+        return run_vision(self._vision, patches, self.image)
 
     def rewind(self, length: int) -> None:
         """Forget every token after the first `length`."""
@@ -90,16 +87,12 @@ class OrtCudaSession:
         new = len(ids)
         if self._width + new > self.spec.context:
             self._compact()
-        if visible is None:
-            visible = np.tri(new, self.length + new, self.length, dtype=np.bool_)  # [new, total]
+        visible = causal(new, self.length) if visible is None else visible
         columns = np.concatenate([self._columns, self._width + np.arange(new)])
         width = self._width + new
-        inputs: dict[str, npt.NDArray[Any]] = {
-            "input_ids": ids[None],
-            "positions": positions[:, None],
-            "image_embeds": self._no_image if image_embeds is None or not len(image_embeds) else image_embeds,
+        inputs = {
+            **token_inputs(self.spec, ids, positions, image_embeds, logits_rows),
             "attention_bias": attention_bias(visible, columns, (new, width)),
-            "logits_rows": np.array([new - 1]) if logits_rows is None else logits_rows,
         }
         logits = self._run(inputs)
         self._columns, self._width = columns, width
@@ -112,12 +105,8 @@ class OrtCudaSession:
     def _run(self, inputs: dict[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
         """Logits [r, vocab]; the grown cache takes the place of the old."""
         binding = self._binding
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
-        held = [np.ascontiguousarray(array) for array in inputs.values()]  # alive until the call is over
-        for name, array in zip(inputs, held, strict=True):
-            binding.bind_cpu_input(name, array)
-        binding.bind_output("logits")
+        held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # alive until the call is over
+        bind_anew(binding, held)
         for name in self._names:
             binding.bind_ortvalue_input(f"past_{name}", self._cache[name])
             binding.bind_output(f"present_{name}", self._place)

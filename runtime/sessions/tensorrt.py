@@ -23,7 +23,7 @@ from sonoedge.runtime.sessions.engine_check import check_set, choose_set, read_s
 from sonoedge.runtime.sessions.engine_step import EngineStep, PlanFile, TensorRt
 from sonoedge.runtime.sessions.gpu import find_gpu, free_bytes, load_cudart
 from sonoedge.runtime.sessions.kv_cache import KvCache, cache_bytes
-from sonoedge.runtime.sessions.masks import attention_bias
+from sonoedge.runtime.sessions.masks import attention_bias, causal
 from sonoedge.runtime.sessions.ort import patch_places
 
 
@@ -201,8 +201,7 @@ class TensorRtSession:
         new = len(ids)
         rows = np.array([new - 1]) if logits_rows is None else logits_rows
         check_rows(rows, new)
-        if visible is None:
-            visible = np.tri(new, self.length + new, self.length, dtype=np.bool_)  # [new, total]
+        visible = causal(new, self.length) if visible is None else visible
         is_image = ids == self.spec.image_token_id
         logits = np.empty((len(rows), self.spec.vocab), np.float32)
         buckets = [place.bucket for place in self._places]
