@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.expert_layers import Buffers, launch, outputs, random_inputs, random_layer
 from sonoedge.export.plugins import oracle
-from sonoedge.export.plugins.dispatch import DECODE, PREFILL, Activation, Experts, Kernel, tiles
+from sonoedge.export.plugins.dispatch import DECODE, DECODE_TOKENS, PREFILL, Activation, Experts, Kernel, tiles
 
 Array = npt.NDArray[Any]
 # A step of each 16-bit type; of float32, what sums in another order and the GPU's exp may change.
@@ -36,7 +36,7 @@ def check(experts: Experts, tokens: tuple[int, ...], activation: Activation, dev
     layer = random_layer(experts, 1, device)
     found: list[tuple[int, float, float]] = []
     for count in tokens:
-        for kernels in (PREFILL, DECODE) if count <= 8 else (PREFILL,):
+        for kernels in (PREFILL, DECODE) if count <= DECODE_TOKENS else (PREFILL,):
             buffers = {**layer, **random_inputs(experts, count, activation, count, device)}
             for kernel in kernels:
                 buffers |= outputs((kernel,), experts, count, activation, device)

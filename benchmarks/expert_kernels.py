@@ -115,7 +115,7 @@ def measured(
 ) -> Passes:
     """The kernels over many layers in one graph, and at EchoVLM's own widths what they replace."""
     count = layers_that_fit(experts, torch.cuda.mem_get_info()[0])
-    kernels = kernels_for(tokens, DECODE_TOKENS)
+    kernels = kernels_for(tokens)
     room = outputs(kernels, experts, tokens, activation, "cuda")  # shared: layers follow each other
     layers = [
         {**random_layer(experts, seed), **random_inputs(experts, tokens, activation, seed), **room}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import msgspec
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sonoedge.export.plugins.dispatch import (
     DECODE,
+    DECODE_TOKENS,
     PREFILL,
     Activation,
     Experts,
@@ -108,14 +109,13 @@ def tuned(
     for kernel in kernels:
         found: dict[float, Tile] = {}
         for tile in tiles(kernel.operator, experts, tokens):
-            chosen: dict[str, Any] = {kernel.operator: tile}
-            ms = measure(lambda k=kernel, c=chosen: run_layers((k,), experts, tokens, layers, c))  # type: ignore[misc]
+            ms = measure(functools.partial(run_layers, (kernel,), experts, tokens, layers, {kernel.operator: tile}))
             found[ms / len(layers)] = tile
         times[kernel.operator] = min(found)
         best[kernel.operator] = found[min(found)]
     return Tuned(best, times)
 
 
-def kernels_for(tokens: int, decode_tokens: int) -> tuple[Kernel, ...]:
+def kernels_for(tokens: int) -> tuple[Kernel, ...]:
     """The operators of a pass over so many tokens."""
-    return DECODE if tokens <= decode_tokens else PREFILL
+    return DECODE if tokens <= DECODE_TOKENS else PREFILL

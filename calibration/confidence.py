@@ -97,6 +97,12 @@ def probabilities(scores: HintScores, calibration: HintCalibration | float) -> n
     return hint_probability.probabilities(scores.scores, calibration)
 
 
+def of_the_right(scores: HintScores, calibration: HintCalibration | float) -> npt.NDArray[np.float64]:
+    """Probability of the right candidate of every frame [n]."""
+    right: npt.NDArray[np.float64] = probabilities(scores, calibration)[np.arange(scores.right.size), scores.right]
+    return right
+
+
 def answered(
     scores: HintScores, calibration: HintCalibration | float
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
@@ -108,8 +114,7 @@ def answered(
 
 def negative_log_likelihood(scores: HintScores, calibration: HintCalibration | float) -> float:
     """Mean -log p of the right candidates."""
-    chosen = probabilities(scores, calibration)[np.arange(scores.right.size), scores.right]
-    return float(-np.log(np.maximum(chosen, 1e-12)).mean())
+    return float(-np.log(np.maximum(of_the_right(scores, calibration), 1e-12)).mean())
 
 
 def expected_calibration_error(scores: HintScores, calibration: HintCalibration | float) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sonoedge.bundle import HintCalibration
-from sonoedge.calibration.confidence import fit, probabilities
+from sonoedge.calibration.confidence import fit, of_the_right, probabilities
 from sonoedge.calibration.scores import HintScores, ScoredFrames
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.hint_engine import QUALITY
@@ -62,7 +62,7 @@ def with_sets(
     quality: what the quality hint says of each of the frames [n]; a quality with enough of them gets its own floor
     (Mondrian). Too few frames for the promise give a floor of 0, every candidate.
     """
-    chosen = _of_the_right(held_back, calibration)
+    chosen = of_the_right(held_back, calibration)
     floors: Mapping[str, float] = {}
     if quality is not None:
         names, counts = np.unique(quality, return_counts=True)
@@ -90,8 +90,3 @@ def covered(
     names = [None] * len(shares) if quality is None else [str(name) for name in quality]
     sets = np.stack([may_be_right(row, calibration, name) for row, name in zip(shares, names, strict=True)])
     return sets[np.arange(len(sets)), scores.right], sets.sum(axis=1)
-
-
-def _of_the_right(scores: HintScores, calibration: HintCalibration) -> npt.NDArray[np.float64]:
-    right: npt.NDArray[np.float64] = probabilities(scores, calibration)[np.arange(scores.right.size), scores.right]
-    return right

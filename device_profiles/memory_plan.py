@@ -13,9 +13,8 @@ import msgspec
 from sonoedge.device_profiles.schema import Buckets, Profile
 from sonoedge.device_profiles.shape import ModelShape, Weights
 
-PROCESS_BYTES = (
-    95_000_000  # `sonoedge serve` before it opens a model, measured on x86-64: 75 MB, with ONNX Runtime 95 MB
-)
+# `sonoedge serve` before it opens a model, measured on x86-64: 75 MB, with ONNX Runtime 95 MB.
+PROCESS_BYTES = 95_000_000
 # NVIDIA's answer to "Very large CPU RAM usage in TensorRT", https://forums.developer.nvidia.com/t/79158: around 800 MB.
 TENSORRT_BYTES = 800_000_000
 ORT_ROWS_COPY, ORT_TOKEN_COPY, ORT_WEIGHT_ONLY_COPY = 0.6, 1.2, 0.16  # of the weights, beside the weights themselves

@@ -101,8 +101,7 @@ def _stages(model: Model, profile: Profile, mode: Mode) -> list[Stage]:
 
     def decoder(name: StageName, tokens: int, before: int, logits_rows: int) -> None:
         one = name == "decode"
-        rows = 1 if one or buckets is None else bucket(tokens, buckets.prefill_tokens)
-        rows = tokens if buckets is None else rows
+        rows = 1 if one else bucket(tokens, None if buckets is None else buckets.prefill_tokens)
         seen = bucket(before + tokens, None if buckets is None else buckets.context_tokens)
         work = decoder_work(
             shape,

@@ -82,7 +82,11 @@ def survey_routing(checkpoint: Path, passages: Sequence[Passage], region: str) -
             def note(name: str, x: Tensor, is_image: Tensor = is_image, known: str | None = passage.region) -> None:
                 moe = mixtures[name]
                 routed = moe.route(moe.gate(x))[0]  # [S, experts]
-                parts = {"image": is_image, "text": ~is_image} if known == region else {"elsewhere": is_image | True}
+                parts = (
+                    {"image": is_image, "text": ~is_image}
+                    if known == region
+                    else {"elsewhere": torch.ones_like(is_image)}
+                )
                 for part, picked in parts.items():
                     use = _use(routed[picked])
                     uses[name][part] = uses[name][part] + use if part in uses[name] else use

@@ -13,10 +13,8 @@ TIME_CONSTANT_MS = 300.0  # a frame of this age weighs 1/e of the newest
 MARGIN = 0.15  # of probability, by which a new answer must lead the one that stands
 EXAM = "region"  # the hint whose change begins another exam
 LEAST = 1e-9  # probability whose logarithm is averaged
-STRANGE, FAMILIAR = (
-    0.5,
-    0.25,
-)  # averaged share of unseen frames: above the one all fall silent, under the other they speak
+# Averaged share of unseen frames: above the one all fall silent, under the other they speak.
+STRANGE, FAMILIAR = 0.5, 0.25
 
 
 class _Track(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -332,20 +332,27 @@ def frames(tiny_checkpoint: Path) -> PhantomPool:
     )
 
 
-class PortableSession:
-    """The portable graphs of a folder behind the runtime's session interface: what the cache was comes out grown."""
+class GraphSession:
+    """Graphs of a folder behind the runtime's session interface, without the runtime's own session."""
+
+    form: ClassVar[str]  # as the graphs' files are named
 
     def __init__(self, folder: Path, spec: DecoderSpec) -> None:
         from sonoedge.runtime.sessions.ort import load_graph
 
         self.spec, self.image, self.length = spec, ImageSpec(), 0
-        self._vision = load_graph(path, 1) if (path := folder / "vision.portable.onnx").exists() else None
-        self._decoder = load_graph(folder / "decoder.portable.onnx", 1)
-        held = {value.name: value.type for value in self._decoder.get_inputs()}
-        self.inputs = tuple(held)
-        dtype = np.int8 if held["past_key_0"] == "tensor(int8)" else np.float32
-        empty = np.zeros((1, spec.kv_heads, 0, spec.head_dim), dtype)
+        self._vision = load_graph(path, 1) if (path := folder / f"vision.{self.form}.onnx").exists() else None
+        self._decoder = load_graph(folder / f"decoder.{self.form}.onnx", 1)
+        empty = self._empty_cache()
         self.cache = {f"{part}_{layer}": empty for layer in range(spec.layers) for part in ("key", "value")}
+
+    def _empty_cache(self) -> npt.NDArray[Any]:
+        """What a layer's past is before the first token."""
+        raise NotImplementedError
+
+    def _placed(self, visible: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[Any]]:
+        """What the decoder is told of where tokens are and what they see [new, total]."""
+        raise NotImplementedError
 
     def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
         """Return the embeddings [merged, hidden] of one picture."""
@@ -372,84 +379,57 @@ class PortableSession:
             "input_ids": ids[None],
             "positions": positions[:, None],
             "image_embeds": np.zeros((1, self.spec.hidden), np.float32) if image_embeds is None else image_embeds,
-            "attention_bias": np.where(visible, np.float32(0), np.float32(-1e9))[None, None],
             "logits_rows": np.array([len(ids) - 1]) if logits_rows is None else logits_rows,
+            **self._placed(visible),
             **{f"past_{name}": value for name, value in self.cache.items()},
         }
         names = ["logits", *(f"present_{name}" for name in self.cache)]
-        logits, *grown = self._decoder.run(names, feed)
-        self.cache = dict(zip(self.cache, grown, strict=True))
+        logits, *after = self._decoder.run(names, feed)
+        self.cache = dict(zip(self.cache, after, strict=True))
         self.length = total
         return np.asarray(logits)
+
+    def rewind(self, length: int) -> None:
+        """Forget every token after the first `length`."""
+        self.length = length
+
+    def close(self) -> None:
+        """Nothing is held beyond the arrays."""
+
+
+class PortableSession(GraphSession):
+    """The portable graphs: what the cache was comes out grown."""
+
+    form = "portable"
+
+    def _empty_cache(self) -> npt.NDArray[Any]:
+        held = {value.name: value.type for value in self._decoder.get_inputs()}
+        dtype = np.int8 if held["past_key_0"] == "tensor(int8)" else np.float32
+        return np.zeros((1, self.spec.kv_heads, 0, self.spec.head_dim), dtype)
+
+    def _placed(self, visible: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[Any]]:
+        return {"attention_bias": np.where(visible, np.float32(0), np.float32(-1e9))[None, None]}
 
     def rewind(self, length: int) -> None:
         """Forget every token after the first `length`."""
         self.cache = {name: value[:, :, :length] for name, value in self.cache.items()}
         self.length = length
 
-    def close(self) -> None:
-        """Nothing is held beyond the arrays."""
 
+class BufferSession(GraphSession):
+    """The graphs for TensorRT: what the cache's buffer was comes out with the new tokens in it."""
 
-class BufferSession:
-    """The graphs for TensorRT on ONNX Runtime: what the cache's buffer was comes out with the new tokens in it."""
-
+    form = "trt"
     SEES_NOTHING = -30000.0  # finite in 16 bit: a row that sees nothing gives numbers
 
-    def __init__(self, folder: Path, spec: DecoderSpec) -> None:
-        from sonoedge.runtime.sessions.ort import load_graph
+    def _empty_cache(self) -> npt.NDArray[Any]:
+        return np.zeros((1, self.spec.kv_heads, self.spec.context, self.spec.head_dim), np.float16)
 
-        self.spec, self.image, self.length = spec, ImageSpec(), 0
-        self._vision = load_graph(path, 1) if (path := folder / "vision.trt.onnx").exists() else None
-        self._decoder = load_graph(folder / "decoder.trt.onnx", 1)
-        shape = (1, spec.kv_heads, spec.context, spec.head_dim)
-        names = [f"{part}_{layer}" for layer in range(spec.layers) for part in ("key", "value")]
-        self.cache = {name: np.zeros(shape, np.float16) for name in names}
-
-    def encode_image(self, patches: Patches) -> npt.NDArray[np.float32]:
-        """Return the embeddings [merged, hidden] of one picture."""
-        from sonoedge.runtime.sessions.ort import patch_places
-
-        assert self._vision is not None
-        feed = {"patches": patches.values, "places": patch_places(patches.grid, 2)}
-        return np.asarray(self._vision.run(["image_embeds"], feed)[0])
-
-    def extend(
-        self,
-        ids: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
-        *,
-        image_embeds: npt.NDArray[np.float32] | None = None,
-        visible: npt.NDArray[np.bool_] | None = None,
-        logits_rows: npt.NDArray[np.int64] | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """Append tokens to the cache and return logits [r, vocab]; see `Session.extend`."""
-        total = self.length + len(ids)
-        if visible is None:
-            visible = np.tri(len(ids), total, self.length, dtype=np.bool_)
-        bias = np.full((1, 1, len(ids), min(total + 3, self.spec.context)), self.SEES_NOTHING, np.float16)
+    def _placed(self, visible: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[Any]]:
+        new, total = visible.shape
+        bias = np.full((1, 1, new, min(total + 3, self.spec.context)), self.SEES_NOTHING, np.float16)
         bias[0, 0, :, :total][visible] = 0
-        feed = {
-            "input_ids": ids[None],
-            "positions": positions[:, None],
-            "image_embeds": np.zeros((1, self.spec.hidden), np.float32) if image_embeds is None else image_embeds,
-            "attention_bias": bias,
-            "logits_rows": np.array([len(ids) - 1]) if logits_rows is None else logits_rows,
-            "write_at": np.array([self.length]),
-            **{f"past_{name}": value for name, value in self.cache.items()},
-        }
-        names = ["logits", *(f"present_{name}" for name in self.cache)]
-        logits, *written = self._decoder.run(names, feed)
-        self.cache = dict(zip(self.cache, written, strict=True))
-        self.length = total
-        return np.asarray(logits)
-
-    def rewind(self, length: int) -> None:
-        """Forget every token after the first `length`: what lies there is written over."""
-        self.length = length
-
-    def close(self) -> None:
-        """Nothing is held beyond the arrays."""
+        return {"attention_bias": bias, "write_at": np.array([self.length])}
 
 
 def _without_bfloat16(model: ir.Model) -> ir.Model:

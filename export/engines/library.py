@@ -79,7 +79,9 @@ def find_library(device: Device) -> Library:
     found: dict[Builder, Any] = {}
     for software in device.software:
         name = software.builder
-        module = found[name] if name in found else found.setdefault(name, _import(name))
+        if name not in found:
+            found[name] = _import(name)
+        module = found[name]
         if module is not None and _numbers(module.__version__)[:2] == _numbers(software.builder_version)[:2]:
             library = Library(name, module.__version__, software, module)
             _check_target(device, library)

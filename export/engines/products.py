@@ -14,14 +14,8 @@ from sonoedge.export.engines.inspection import Layer
 Asked = Literal["int8", "int8 weights", "float"]
 Factor = Literal["int8", "int8 constant", "constant", "float"]
 
-_THROUGH = (
-    "SHUFFLE",
-    "CAST",
-    "IDENTITY",
-    "SQUEEZE",
-    "UNSQUEEZE",
-    "SLICE",
-)  # what may stand between a value and its product
+# What may stand between a value and its product.
+_THROUGH = ("SHUFFLE", "CAST", "IDENTITY", "SQUEEZE", "UNSQUEEZE", "SLICE")
 _KINDS: dict[frozenset[Factor], Asked] = {
     frozenset(("int8", "int8 constant")): "int8",
     frozenset(("float", "int8 constant")): "int8 weights",

@@ -77,7 +77,7 @@ def test_figures() -> None:
 def test_tuning_takes_the_quickest_tile(interpret: Any, tokens: int) -> None:
     from benchmarks.expert_layers import kernels_for, outputs, random_inputs, random_layer, tuned
 
-    kernels = kernels_for(tokens, 8)
+    kernels = kernels_for(tokens)
     assert kernels == (DECODE if tokens == 1 else PREFILL)
     layer = {**random_layer(SMALL, 0, "cpu"), **random_inputs(SMALL, tokens, "float16", 0, "cpu")}
     layer |= outputs(kernels, SMALL, tokens, "float16", "cpu")
