@@ -3,8 +3,9 @@
 import itertools
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import zmq
 
@@ -12,24 +13,35 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.endpoints import connect
 from sonoedge.runtime.key_files import ClientKeys
 from sonoedge.runtime.protocol import (
+    LIVE,
     Answer,
     Ask,
     Broadcast,
     Cancel,
     Error,
+    Freeze,
+    Frozen,
     Hint,
     Id,
     Language,
+    Picture,
+    PictureRequest,
     Reply,
+    Report,
     Request,
+    SchemaReply,
+    SchemaRequest,
     State,
     Status,
     StatusRequest,
     Token,
+    Turn,
     decode_broadcast,
     decode_reply,
     encode,
 )
+
+Expected = TypeVar("Expected", Frozen, Picture, SchemaReply, Status)
 
 
 class Client:
@@ -52,12 +64,33 @@ class Client:
         language: Language | None = None,
         max_tokens: int = 256,
         deadline_ms: int | None = None,
+        frames: Sequence[str] = (),
+        turns: Sequence[tuple[str, str]] = (),
+        choices: Sequence[str] = (),
     ) -> Iterator[Token | Answer]:
         """Yield the tokens of the answer as they come, then the whole answer.
 
-        Raises SonoEdgeError when the server refuses or stays silent; leaving the iteration early cancels the question.
+        frames: names of frozen frames, or "live"; none is the newest. turns: questions and answers that came before.
+        choices: the only answers, one of which is chosen. Raises SonoEdgeError when the server refuses or stays silent;
+        leaving the iteration early cancels the question.
         """
-        ask = Ask(next(self._ids), question, language, max_tokens, deadline_ms)
+        ask = Ask(
+            id=next(self._ids),
+            question=question,
+            language=language,
+            max_tokens=max_tokens,
+            deadline_ms=deadline_ms,
+            frames=tuple(frames),
+            turns=tuple(Turn(*turn) for turn in turns),
+            choices=tuple(choices),
+        )
+        return self._answers(ask)
+
+    def report(self, language: Language, *, frames: Sequence[str] = ()) -> Iterator[Token | Answer]:
+        """Yield the tokens of a report, then the whole; as `ask`."""
+        return self._answers(Report(next(self._ids), language, tuple(frames)))
+
+    def _answers(self, ask: Ask | Report) -> Iterator[Token | Answer]:
         reply: Reply | None = None
         self._send(ask)
         try:
@@ -69,7 +102,9 @@ class Client:
             if isinstance(reply, Token):
                 self._send(Cancel(ask.id))
 
-    def answer(self, question: str, **options: Language | int | None) -> Answer:
+    def answer(
+        self, question: str, **options: Language | int | Sequence[str] | Sequence[tuple[str, str]] | None
+    ) -> Answer:
         """Return the whole answer; options and errors as for `ask`."""
         *_, last = self.ask(question, **options)  # type: ignore[arg-type]
         assert isinstance(last, Answer)
@@ -77,11 +112,31 @@ class Client:
 
     def status(self) -> Status:
         """Return the server's counters; raises SonoEdgeError when it stays silent."""
-        request = StatusRequest(next(self._ids))
+        return self._one(StatusRequest(next(self._ids)), Status)
+
+    def freeze(self, name: str | None = None) -> Frozen:
+        """Keep the newest frame under a name, or else under its number; raises SonoEdgeError when it is refused."""
+        return self._one(Freeze(next(self._ids), name), Frozen)
+
+    def release(self, name: str) -> Frozen:
+        """Let a frozen frame go; raises SonoEdgeError when there is none of that name."""
+        return self._one(Freeze(next(self._ids), name, release=True), Frozen)
+
+    def picture(self, name: str = LIVE) -> Picture:
+        """Return a frame as the model sees it; raises SonoEdgeError when there is none."""
+        return self._one(PictureRequest(next(self._ids), name=name), Picture)
+
+    def schema(self) -> SchemaReply:
+        """Return what hints there are and what messages look like."""
+        return self._one(SchemaRequest(next(self._ids)), SchemaReply)
+
+    def _one(self, request: Request, kind: type[Expected]) -> Expected:
         self._send(request)
         reply = self._receive(request.id)
-        if not isinstance(reply, Status):
-            raise SonoEdgeError(f"{self.endpoint} answered a status request with {type(reply).__name__}: update it")
+        if not isinstance(reply, kind):
+            raise SonoEdgeError(
+                f"{self.endpoint} answered {type(request).__name__} with {type(reply).__name__}: update it"
+            )
         return reply
 
     def close(self) -> None:

@@ -26,8 +26,12 @@ class Generation:
         max_tokens: int,
         deadline_ns: int | None = None,
         cancel: threading.Event | None = None,
+        held: int = 0,
     ) -> None:
-        """Prepare to answer `prompt`; `deadline_ns` is on the clock of `time.monotonic_ns`."""
+        """Prepare to answer `prompt`; `deadline_ns` is on the clock of `time.monotonic_ns`.
+
+        held: how many of the prompt's tokens, every picture's included, the session's cache begins with already.
+        """
         self.ids: list[int] = []  # of the answer so far
         self.finish: Finish | None = None
         self._session = session
@@ -36,6 +40,7 @@ class Generation:
         self._deadline_ns = deadline_ns
         self._cancel = cancel
         self._stream = tokenizer.stream()
+        self._held = held
         self._cached = False  # whether the session holds the prompt and the answer so far
 
     def step(self) -> str:
@@ -59,18 +64,25 @@ class Generation:
 
     def suspend(self) -> None:
         """Say that the session's cache is about to be used by others: the next step fills it again."""
-        self._cached = False
+        self._held, self._cached = 0, False
+
+    @property
+    def cached_ids(self) -> list[int]:
+        """Every token that the session's cache holds; none before the first step and after `suspend`."""
+        return [*self._prompt.ids.tolist(), *self.ids][: self._session.length] if self._cached else []
 
     def _logits(self) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         prompt, answered = self._prompt, len(self.ids)
         if self._cached:
             positions = np.full((3, 1), prompt.next_position + answered - 1, np.int64)
             return self._session.extend(np.array(self.ids[-1:], np.int64), positions)
-        self._session.rewind(0)
+        held = self._held
+        self._session.rewind(held)
         ids = np.concatenate([prompt.ids, np.array(self.ids, np.int64)])
         tail = np.broadcast_to(np.arange(answered) + prompt.next_position, (3, answered))
         positions = np.concatenate([prompt.positions, tail], axis=1)
-        logits = self._session.extend(ids, positions, image_embeds=prompt.embeds)
+        pictures = None if held else prompt.embeds
+        logits = self._session.extend(ids[held:], positions[:, held:], image_embeds=pictures)
         self._cached = True
         return logits
 

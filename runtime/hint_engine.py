@@ -73,9 +73,13 @@ class HintEngine:
         """Look at a frame and return its hints, those whose `ask_when` fails left out."""
         return self.judge(look_at(self._session, frame))
 
+    def is_unseen(self, look: Look) -> bool:
+        """Whether the picture is of a kind that the model does not know; False where nobody measured that."""
+        return self._familiarity is not None and self._familiarity.is_unseen(look.embeds)
+
     def judge(self, look: Look) -> list[HintResult]:
         """Return the hints about a frame that has been looked at."""
-        unseen = self._familiarity is not None and self._familiarity.is_unseen(look.embeds)
+        unseen = self.is_unseen(look)
         scores = self.scores(look)
         quality = self._quality(scores)
         results: dict[str, HintResult] = {}

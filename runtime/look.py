@@ -1,5 +1,6 @@
 """One frame as the model sees it, and prompts about one or more of them as the arrays that a session takes."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import msgspec
@@ -10,11 +11,12 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.positions import mrope_positions
 from sonoedge.runtime.preprocess import crop_to_sector, preprocess
-from sonoedge.runtime.prompt import prefix_ids, question_ids
+from sonoedge.runtime.prompt import conversation_ids, prefix_ids
 from sonoedge.runtime.sessions.base import Session
 from sonoedge.runtime.tokens import Tokenizer
 
 KEPT_PREFIXES = 16  # feeds change size rarely
+KEPT_LOOKS = 4  # the most pictures of one question
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -40,6 +42,30 @@ def look_at(session: Session, frame: Frame) -> Look:
     return Look(frame, session.encode_image(patches), patches.grid)
 
 
+class Looks:
+    """Looks of one session that are worth keeping: the newest, and those that were asked about last."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._newest: Look | None = None
+        self._asked: deque[Look] = deque(maxlen=KEPT_LOOKS)
+
+    def newest(self, frame: Frame) -> Look:
+        """Look at a new frame; raises SonoEdgeError when the picture is too long and thin."""
+        self._newest = look_at(self._session, frame)
+        return self._newest
+
+    def asked(self, frame: Frame) -> Look:
+        """Return the look at a frame that is asked about; raises as `newest` does."""
+        for look in self._asked:
+            if look.frame is frame:
+                return look
+        same = self._newest is not None and self._newest.frame is frame
+        look = self._newest if same and self._newest is not None else look_at(self._session, frame)
+        self._asked.append(look)
+        return look
+
+
 class Prompter:
     """Builds prompts for one session; the text around images of the same size is tokenized once."""
 
@@ -63,15 +89,20 @@ class Prompter:
         embeds = looks[0].embeds if len(looks) == 1 else np.concatenate([look.embeds for look in looks])
         return Prompt(prompt.ids, prompt.positions, prompt.next_position, embeds)
 
-    def question(self, looks: Sequence[Look], question: str, language: str) -> Prompt:
-        """Return the prompt for a question; raises SonoEdgeError when it does not fit the model's context."""
+    def question(
+        self, looks: Sequence[Look], question: str, language: str, turns: Sequence[tuple[str, str]] = ()
+    ) -> Prompt:
+        """Return the prompt for a question after earlier `turns` of question and answer.
+
+        Raises SonoEdgeError when it does not fit the model's context.
+        """
         prefix = self.prefix(looks, language)
-        ids = np.array(question_ids(self._tokenizer, question), np.int64)
+        ids = np.array(conversation_ids(self._tokenizer, turns, question), np.int64)
         length, context = len(prefix.ids) + len(ids), self._session.spec.context
         if length >= context:
             raise SonoEdgeError(
                 f"the question with its picture is {length} tokens long and the context holds {context}: "
-                "ask a shorter question"
+                "ask a shorter question" + (" or leave earlier turns out" if turns else "")
             )
         positions = np.broadcast_to(np.arange(len(ids)) + prefix.next_position, (3, len(ids)))
         return Prompt(

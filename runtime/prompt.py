@@ -7,6 +7,11 @@ from sonoedge.runtime.tokens import Tokenizer
 
 SYSTEM = {"en": "You are an ultrasound assistant.", "zh": "你是一名超声助手。"}
 HINT_LANGUAGE = "en"  # hints in either language share one prefix a frame
+REPORT = {
+    "en": "Write a short report.",
+    "zh": "请写一份简短报告。",
+}  # as the packaged checkpoint was taught to be asked
+LETTERS = "ABCDEFGHIJ"
 
 
 def prefix_ids(tokenizer: Tokenizer, merged: Sequence[int], language: str) -> list[int]:
@@ -27,6 +32,21 @@ def question_ids(tokenizer: Tokenizer, question: str) -> list[int]:
     """Return the question, the end of the user's turn and the opening of the assistant's."""
     ids = [*tokenizer.encode(question), tokenizer.im_end, *tokenizer.encode("\n")]
     return [*ids, tokenizer.im_start, *tokenizer.encode("assistant\n")]
+
+
+def conversation_ids(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
+    """Return earlier questions with their answers, then the question: what follows the pictures."""
+    ids: list[int] = []
+    for asked, answered in turns:
+        ids += [*question_ids(tokenizer, asked), *answer_ids(tokenizer, answered)]
+        ids += [*tokenizer.encode("\n"), tokenizer.im_start, *tokenizer.encode("user\n")]
+    return [*ids, *question_ids(tokenizer, question)]
+
+
+def single_choice(question: str, choices: Sequence[str]) -> str:
+    """Return the question with its choices behind letters, one of which is the answer."""
+    listed = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    return f"{question} {listed}"
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:

@@ -4,7 +4,7 @@ Requests go to the ROUTER as `[payload]` (DEALER) or `["", payload]` (REQ); repl
 state and telemetry are single-part messages on the PUB.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -17,8 +17,15 @@ VERSION = 1
 MAX_MESSAGE_BYTES = 64 * 1024  # larger requests get an error reply
 MAX_PICTURE_PX = 800
 MAX_WIRE_BYTES = 1024 * 1024  # larger ones end their sender's connection before they fill memory; no reply is larger
+LIVE = "live"  # the name of the newest frame
 
 Id = Annotated[str, msgspec.Meta(max_length=128)] | int
+Words = Annotated[str, msgspec.Meta(min_length=1, max_length=16_384)]
+FrameName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+FrameNames = Annotated[tuple[FrameName, ...], msgspec.Meta(max_length=4)]
+Choice = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+MaxTokens = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+DeadlineMs = Annotated[int, msgspec.Meta(ge=1, le=3_600_000)]
 Language = Literal["en", "zh"]
 
 
@@ -30,15 +37,50 @@ class ProtocolError(SonoEdgeError):
         self.request_id = request_id
 
 
+class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An earlier question of a conversation, and what was answered."""
+
+    question: Words
+    answer: Annotated[str, msgspec.Meta(max_length=16_384)]
+
+
 class Ask(msgspec.Struct, frozen=True, tag="ask", forbid_unknown_fields=True):
-    """Asks about the newest frame; `stream` None means: token messages unless the envelope has a REQ delimiter."""
+    """Asks about pictures; `stream` None means: token messages unless the envelope has a REQ delimiter.
+
+    `frames` names the pictures in the order in which the model sees them (none: the newest), `turns` are what was said
+    about them before, `choices` the only answers there are: one of them is chosen, nothing is written.
+    """
 
     id: Id
-    question: Annotated[str, msgspec.Meta(min_length=1, max_length=16_384)]
-    language: Language | None = None  # None: the question's own
-    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
-    deadline_ms: Annotated[int, msgspec.Meta(ge=1, le=3_600_000)] | None = None
+    question: Words
+    language: Language | None = None  # of the system turn; None: that before hints
+    max_tokens: MaxTokens = 256
+    deadline_ms: DeadlineMs | None = None
     stream: bool | None = None
+    v: int = VERSION
+    frames: FrameNames = ()
+    turns: Annotated[tuple[Turn, ...], msgspec.Meta(max_length=16)] = ()
+    choices: Annotated[tuple[Choice, ...], msgspec.Meta(max_length=10)] = ()
+
+
+class Report(msgspec.Struct, frozen=True, tag="report", forbid_unknown_fields=True):
+    """Asks for a report in a language; the rest as in `Ask`."""
+
+    id: Id
+    language: Language = "en"
+    frames: FrameNames = ()
+    max_tokens: MaxTokens = 256
+    deadline_ms: DeadlineMs | None = None
+    stream: bool | None = None
+    v: int = VERSION
+
+
+class Freeze(msgspec.Struct, frozen=True, tag="freeze", forbid_unknown_fields=True):
+    """Keeps the newest frame under a name (None: its number), or releases what is kept under that name."""
+
+    id: Id
+    name: FrameName | None = None
+    release: bool = False
     v: int = VERSION
 
 
@@ -57,29 +99,46 @@ class StatusRequest(msgspec.Struct, frozen=True, tag="status", forbid_unknown_fi
 
 
 class PictureRequest(msgspec.Struct, frozen=True, tag="picture", forbid_unknown_fields=True):
-    """Asks for the newest frame as the model sees it."""
+    """Asks for a frame, the newest or a frozen one, as the model sees it."""
 
     id: Id
     v: int = VERSION
+    name: FrameName = LIVE
 
 
 class SchemaRequest(msgspec.Struct, frozen=True, tag="schema", forbid_unknown_fields=True):
-    """Asks which questions hints answer."""
+    """Asks which questions hints answer, and for the JSON Schema of every message."""
 
     id: Id
     v: int = VERSION
 
 
 class Token(msgspec.Struct, frozen=True, tag="token"):
-    """The next characters of an answer."""
+    """The next characters of an answer, and what they are about."""
 
     id: Id
     text: str
     v: int = VERSION
+    frame: int | None = None
+    age_ms: float | None = None
+    model: str | None = None
+    intended_use: str | None = None
+
+
+class NamedFrame(msgspec.Struct, frozen=True):
+    """A frame under the name that a client gave it."""
+
+    name: str
+    frame: int
+    age_ms: float
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """A whole answer: about which frame, how old that is, how many tokens and milliseconds it took, why it ended."""
+    """A whole answer: about which frame, how old that is, how many tokens and milliseconds it took, why it ended.
+
+    `frame` and `age_ms` are of the first picture, `frames` of each when some were named. `reason` is what speaks
+    against a picture, None where nothing is known; a single choice then abstains, with `answer` empty.
+    """
 
     id: Id
     answer: str
@@ -91,10 +150,27 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     ms: float
     finish: Finish
     v: int = VERSION
+    frames: tuple[NamedFrame, ...] = ()
+    candidates: dict[str, float] | None = None  # probability of each choice, as the model gives it: not calibrated
+    abstain: bool = False
+    reason: str | None = None
+
+
+class Frozen(msgspec.Struct, frozen=True, tag="frozen"):
+    """The reply to a freeze request: the frame that is kept under the name, or was until now."""
+
+    id: Id
+    name: str
+    released: bool
+    frame: int
+    age_ms: float
+    model: str
+    intended_use: str
+    v: int = VERSION
 
 
 class Picture(msgspec.Struct, frozen=True, tag="picture"):
-    """The newest frame, cropped as for the model, as a JPEG of at most `MAX_PICTURE_PX` a side."""
+    """A frame, cropped as for the model, as a JPEG of at most `MAX_PICTURE_PX` a side; `reason`: why it is poor."""
 
     id: Id
     jpeg: bytes
@@ -103,14 +179,18 @@ class Picture(msgspec.Struct, frozen=True, tag="picture"):
     width: int
     height: int
     v: int = VERSION
+    model: str | None = None
+    intended_use: str | None = None
+    reason: str | None = None
 
 
 class SchemaReply(msgspec.Struct, frozen=True, tag="schema"):
-    """The hint schema."""
+    """The hint schema, and in `messages` the JSON Schema of every message (docs/protocol.schema.json)."""
 
     id: Id
     schema: HintSchema
     v: int = VERSION
+    messages: dict[str, Any] = {}
 
 
 class Error(msgspec.Struct, frozen=True, tag="error"):
@@ -144,9 +224,10 @@ class Telemetry(msgspec.Struct, frozen=True, tag="telemetry"):
     p99_ms: float | None
     v: int = VERSION
     abstentions: int = 0  # of the hints
-    # From capture to wire: wait (for the worker), look (preprocessing, vision tower, prefix), hints, wire.
+    # From capture to wire: wait (for the worker), sector (crop, gate), look (preprocessing, vision tower), hints, wire.
     stages: dict[str, Percentiles] = {}
     resident_bytes: int | None = None  # memory of the server; None where the system does not tell
+    gated: int = 0  # frames that were too poor to be asked about
 
 
 class State(msgspec.Struct, frozen=True, tag="state"):
@@ -168,6 +249,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     telemetry: Telemetry
     queued: int
     v: int = VERSION
+    frozen: tuple[NamedFrame, ...] = ()
 
 
 class Hint(msgspec.Struct, frozen=True, tag="hint"):
@@ -193,8 +275,8 @@ class Hint(msgspec.Struct, frozen=True, tag="hint"):
     valid_ms: int | None = None  # from capture on; an older hint says nothing any more
 
 
-Request = Ask | Cancel | StatusRequest | PictureRequest | SchemaRequest
-Reply = Token | Answer | Error | Status | Picture | SchemaReply
+Request = Ask | Report | Cancel | Freeze | StatusRequest | PictureRequest | SchemaRequest
+Reply = Token | Answer | Error | Frozen | Status | Picture | SchemaReply
 Broadcast = Hint | State | Telemetry
 
 

@@ -6,19 +6,24 @@ from collections import deque
 
 import msgspec
 
-from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.protocol import Ask, Id
+from sonoedge.runtime.sight import Sight
 from sonoedge.runtime.wire import Envelope
 
 
 class Question(msgspec.Struct, frozen=True):
-    """A question pinned to the frame that was newest when it was asked."""
+    """A question about frozen frames, or the one that was newest when it was asked."""
 
     envelope: Envelope
     ask: Ask
-    frame: Frame
+    sights: tuple[Sight | None, ...]  # None: the first that the worker sees
     received_ns: int
     cancel: threading.Event
+
+    @property
+    def seen(self) -> list[Sight]:
+        """The sights that there are."""
+        return [sight for sight in self.sights if sight is not None]
 
     @property
     def streams(self) -> bool:

@@ -1,5 +1,6 @@
 """A deterministic session for tests: its answers follow the picture's mean brightness and the question alone."""
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -131,7 +132,13 @@ class FakeSession:
         )
 
     def answer(self, question: str, brightness: float) -> str:
-        """Return the words that answer `question` about a picture of the given brightness, 0 to 1."""
+        """Return the words that answer `question` about a picture of the given brightness, 0 to 1.
+
+        A single choice ("… A. one B. other") is answered with a letter, the further down the brighter.
+        """
+        letters = re.findall(r"(?<= )([A-J])\. ", question)
+        if letters:
+            return str(letters[min(int(brightness * len(letters)), len(letters) - 1)])
         for hint in self._schema.hints:
             candidate = hint.candidates[min(int(brightness * len(hint.candidates)), len(hint.candidates) - 1)]
             if question == hint.question.en:

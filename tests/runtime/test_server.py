@@ -439,7 +439,7 @@ def test_stopping_tells_those_who_wait(
     server.stop()
     assert time.monotonic() - began < 5
     assert [reply["message"].split(":")[0] for reply in replies(sock, 3)] == ["the server is stopping"] * 3
-    assert not [thread for thread in threading.enumerate() if thread.name in ("wire", "worker", "capture")]
+    assert not [thread for thread in threading.enumerate() if thread.name in ("wire", "worker", "capture", "pictures")]
 
 
 def test_errors_name_the_question(start_server: StartServer, make_source: MakeSource, dial: Callable[..., Any]) -> None:

@@ -22,7 +22,7 @@ def test_stages_add_up_from_capture_to_wire(
     telemetry = next(
         m for m in listen(server.hints_endpoint, timeout_s=30) if isinstance(m, Telemetry) and m.hinted > 5
     )
-    assert set(telemetry.stages) == {"wait", "look", "hints", "wire"}
+    assert set(telemetry.stages) == {"wait", "sector", "look", "hints", "wire"}
     assert telemetry.stages["hints"].p50_ms > 5  # the fake takes its time there
     assert telemetry.stages["look"].p50_ms > 0
     for stage in telemetry.stages.values():
