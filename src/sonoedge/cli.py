@@ -367,6 +367,27 @@ def watch(
 
 
 @app.command()
+def view(
+    endpoint: Annotated[str, typer.Argument(help="Where `serve` answers, such as tcp://127.0.0.1:5555.")],
+    hints: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HINTS_ENDPOINT", help="Where it publishes hints; else the next port.", show_default=False
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 5557,
+    key: ClientKey = None,
+    server_key: ServerKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a local page with the live sector, its hints and a box for questions."""
+    from sonoedge.runtime import view
+    from sonoedge.runtime.key_files import client_keys
+
+    view.run(endpoint, hints, port, as_json=as_json, keys=client_keys(key, server_key))
+
+
+@app.command()
 def bench(
     bundle: BundlePath,
     source: Annotated[
