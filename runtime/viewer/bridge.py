@@ -7,10 +7,8 @@ from collections.abc import AsyncGenerator
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from sonoedge.errors import SonoEdgeError
-from sonoedge.runtime.endpoints import connect
 from sonoedge.runtime.hints import VALID_MS, Text
 from sonoedge.runtime.key_files import ClientKeys
 from sonoedge.runtime.protocol import (
@@ -38,7 +36,7 @@ from sonoedge.runtime.protocol import (
 )
 from sonoedge.runtime.viewer.board import Board, Counts, HintSeen, Names, ServerSeen
 from sonoedge.runtime.viewer.clock import ServerClock, now_ms
-from sonoedge.runtime.viewer.link import Heard, Link
+from sonoedge.runtime.viewer.link import Heard, Link, connect_async
 
 SILENT_S = 3.0  # the server publishes its state every second
 REPLY_S = 2.0
@@ -63,12 +61,13 @@ class Bridge:
         self.board = Board()
         self._link = link
         self._hints_endpoint = hints_endpoint
-        self._sub = zmq.asyncio.Socket.from_socket(connect(zmq.SUB, hints_endpoint, keys))
+        self._sub = connect_async(zmq.SUB, hints_endpoint, keys)
         self._sub.subscribe(b"")
         self._clock = ServerClock()
         self._heard_s = float("-inf")
         self._problem: str | None = None  # of what is published
-        self._stranger: str | None = None  # hints that are not this server's
+        self._said_model: str | None = None  # who publishes
+        self._said_source: str | None = None
         self._status: Status | None = None  # the newest
         self._texts: dict[str, dict[str, Text]] = {}  # of each hint's candidates
         self._texts_of: str | None = None  # the model whose hints they are
@@ -87,10 +86,10 @@ class Bridge:
         finally:
             releases = (self.freeze(name, release=True) for name in self._kept)
             await asyncio.gather(*releases, return_exceptions=True)
-            tasks += [] if self._pull is None else [self._pull]
-            for task in tasks:
+            ending = [*tasks, *([] if self._pull is None else [self._pull])]
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
             self._sub.close()
 
     async def picture(self) -> Shot:
@@ -165,21 +164,26 @@ class Bridge:
     def _show(self, message: Broadcast) -> None:
         match message:
             case Hint():
-                self._stranger = self._not_from_here(message)
-                if self._stranger is None:
+                self._said_model = message.model
+                if self._stranger() is None:
                     self._clock.heard(message.captured_ns / 1e6 + message.age_ms)
                     self.board.put_hint(self._seen(message))
             case State():
+                self._said_source = message.name
                 self.board.put_source(message.state, message.name, message.detail)
             case Telemetry():
                 self.board.put(Counts(message))
 
-    def _not_from_here(self, hint: Hint) -> str | None:
+    def _stranger(self) -> str | None:
         """Return what is wrong when hints and pictures come from two servers: neither says anything about the other."""
-        if self._status is None or (hint.model, hint.source) == (self._status.model, self._status.source.name):
+        if self._status is None:
+            return None
+        here = self._status.model, self._status.source.name
+        there = self._said_model or here[0], self._said_source or here[1]
+        if here == there:
             return None
         return (
-            f"{self._hints_endpoint} says hints of model {hint.model[:12]} about {hint.source}, not those of "
+            f"{self._hints_endpoint} says hints of model {there[0][:12]} about {there[1]}, not those of "
             f"{self._link.endpoint}: give the --hints that belongs to it"
         )
 
@@ -215,7 +219,7 @@ class Bridge:
 
     def _say(self) -> None:
         silent = time.monotonic() - self._heard_s > SILENT_S
-        detail = self._stranger
+        detail = self._stranger()
         if silent:
             detail = self._problem or f"nothing published on {self._hints_endpoint}"
         model, intended_use = (None, None) if (known := self._status) is None else (known.model, known.intended_use)

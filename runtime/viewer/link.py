@@ -19,6 +19,16 @@ from sonoedge.runtime.viewer.clock import now_ms
 CONNECT_S = 0.5  # how long a request waits for a server to be there
 
 
+def connect_async(kind: int, endpoint: str, keys: ClientKeys | None, **options: int) -> zmq.asyncio.Socket:
+    """Connect a socket that is awaited; raises SonoEdgeError for a wrong endpoint.
+
+    It is made by an asyncio context: one wrapped around a plain socket would have two owners that close it.
+    """
+    sock = connect(kind, endpoint, keys, zmq.asyncio.Context.shadow(zmq.Context.instance()), **options)
+    assert isinstance(sock, zmq.asyncio.Socket)
+    return sock
+
+
 class Heard(msgspec.Struct, frozen=True):
     """A reply and when it came, which may be long before somebody reads it."""
 
@@ -33,7 +43,7 @@ class Link:
         """Connect; raises SonoEdgeError for a wrong endpoint."""
         self.endpoint = endpoint
         # IMMEDIATE: what is sent while no server is there is refused, not kept for the next one.
-        self._socket = zmq.asyncio.Socket.from_socket(connect(zmq.DEALER, endpoint, keys, IMMEDIATE=1))
+        self._socket = connect_async(zmq.DEALER, endpoint, keys, IMMEDIATE=1)
         self._waiting: dict[Id, asyncio.Queue[Heard | ProtocolError]] = {}
         self._ids = (f"{uuid.uuid4().hex[:8]}-{number}" for number in itertools.count())
 

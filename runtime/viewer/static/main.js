@@ -93,6 +93,7 @@ function tick() {
   setText(badge, problem === null ? say("live") : problem.headline);
   setText(find("source-name"), source?.name ?? "");
   setText(find("corner"), age === null ? "" : corner(age));
+  find("corner").className = picture.pictureReason() === "" ? "" : "caution";
   setText(find("intended-use"), server?.intended_use ?? say("notKnownYet"));
   setText(find("counters"), counters());
   hints.tick(problem === null || problem.kind === "frozen");

@@ -126,7 +126,7 @@ def test_hints_reach_the_board_and_guesses_do_not(fake_server: Any) -> None:
         either = (Text("kidney", "肾脏"), Text("liver", "肝脏"))  # in the schema's order
         said = await until(lambda: (one := newest(bridge.board, "region")).set == either and one)
         assert said.coverage == 0.9
-        assert newest(bridge.board, "finding").set == ()
+        assert (await until(lambda: newest(bridge.board, "finding"))).set == ()
         fake_server.reason = "low confidence"
         silent = await until(lambda: (one := newest(bridge.board, "region")).text is None and one)
         assert (silent.probability, silent.reason, silent.set) == (None, "low confidence", either)
@@ -212,7 +212,7 @@ def test_hints_of_another_server_are_not_shown(fake_server: Any) -> None:
         await until(lambda: fake_server.frame > frame + 5)
         assert not [event for event in bridge.board.newer(version)[1] if isinstance(event, HintSeen)]
         fake_server.model = fake_server.published_model  # the server was started again with another bundle
-        await until(lambda: bridge.board.server.heard and bridge.board.server.model == "0" * 60)
+        await until(lambda: (one := bridge.board.server) and one.heard and one.model == "0" * 60)
         await until(lambda: newest(bridge.board, "region").frame > frame)
 
     play(fake_server, scene)

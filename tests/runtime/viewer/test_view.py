@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ import pytest
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime import view
+from sonoedge.runtime.key_files import allow_client, make_pair
 
 NOWHERE = "tcp://127.0.0.1:9", "tcp://127.0.0.1:9"
 PAGE = Path(view.__file__).parent / "viewer" / "static"
@@ -74,6 +76,41 @@ def test_importing_it_needs_no_part_of_the_extra() -> None:
     code = f"{blocked}; import sonoedge.runtime.view; from sonoedge.runtime.viewer import {', '.join(modules)}"
     ran = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_over_curve_it_needs_a_key_on_the_list(serve_process: Any, clip: Path, tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn", reason="the extra `viewer` is not installed")
+    for name in ("server", "listed", "stranger"):
+        make_pair(tmp_path / name)
+    allow_client(tmp_path / "allow", str(tmp_path / "listed.key"))
+    secured = ("--server-key", tmp_path / "server.key_secret", "--allow", tmp_path / "allow")
+    ready = serve_process(clip, *map(str, secured)).ready
+
+    @contextlib.contextmanager
+    def viewed(name: str) -> Iterator[str]:
+        endpoints = ready["bind"], "--hints", ready["hints_bind"]
+        command = [sys.executable, "-W", "error", "-m", "sonoedge", "view", *endpoints, "--port", "0", "--json"]
+        command += ["--server-key", str(tmp_path / "server.key"), "--key", str(tmp_path / f"{name}.key_secret")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                yield msgspec.json.decode(process.stdout.readline())["url"]
+            finally:
+                process.terminate()
+
+    with viewed("listed") as url:
+        end = time.monotonic() + 10  # to shake hands
+        while (got := get(url, "/picture"))[0].status != 200:
+            assert time.monotonic() < end, got[1]
+        assert got[1].startswith(b"\xff\xd8")
+        with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=20) as page:
+            page.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            received = b""
+            while b"event: hint" not in received:
+                received += page.recv(65536)
+    with viewed("stranger") as url:
+        response, said = get(url, "/picture")
+        assert (response.status, b"correct endpoint or keys" in said) == (503, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
