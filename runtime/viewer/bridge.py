@@ -9,7 +9,7 @@ import msgspec
 import zmq
 
 from sonoedge.errors import SonoEdgeError
-from sonoedge.runtime.hints import VALID_MS, Text
+from sonoedge.runtime.hints import VALID_MS, AskWhen, Text
 from sonoedge.runtime.key_files import ClientKeys
 from sonoedge.runtime.protocol import (
     LIVE,
@@ -44,6 +44,7 @@ ANSWER_S = 60.0  # between two tokens: a question may wait behind others
 MIND_S = 0.5
 STATUS_S = 2.0
 PICTURE_S = 1 / 15
+NOT_ASKED = "not asked"
 
 
 class Shot(msgspec.Struct, frozen=True):
@@ -70,6 +71,7 @@ class Bridge:
         self._said_source: str | None = None
         self._status: Status | None = None  # the newest
         self._texts: dict[str, dict[str, Text]] = {}  # of each hint's candidates
+        self._asked_when: dict[str, AskWhen] = {}  # of each hint that depends on another
         self._texts_of: str | None = None  # the model whose hints they are
         self._pull: asyncio.Task[Shot] | None = None  # the newest picture, or the one that is on its way
         self._pulled_ms = float("-inf")
@@ -87,8 +89,8 @@ class Bridge:
             releases = (self.freeze(name, release=True) for name in self._kept)
             await asyncio.gather(*releases, return_exceptions=True)
             ending = [*tasks, *([] if self._pull is None else [self._pull])]
-            for task in ending:
-                task.cancel()
+            for ended in ending:
+                ended.cancel()
             await asyncio.gather(*ending, return_exceptions=True)
             self._sub.close()
 
@@ -167,7 +169,9 @@ class Bridge:
                 self._said_model = message.model
                 if self._stranger() is None:
                     self._clock.heard(message.captured_ns / 1e6 + message.age_ms)
-                    self.board.put_hint(self._seen(message))
+                    seen = self._seen(message)
+                    self.board.put_hint(seen)
+                    self._withdraw(seen, message.answer)
             case State():
                 self._said_source = message.name
                 self.board.put_source(message.state, message.name, message.detail)
@@ -186,6 +190,16 @@ class Bridge:
             f"{self._hints_endpoint} says hints of model {there[0][:12]} about {there[1]}, not those of "
             f"{self._link.endpoint}: give the --hints that belongs to it"
         )
+
+    def _withdraw(self, seen: HintSeen, answer: str | None) -> None:
+        """End the hints that are no longer asked after this answer: no kind of a lesion that is not there."""
+        for name, condition in self._asked_when.items():
+            if condition.hint == seen.hint and condition.answer != answer:
+                gone = msgspec.structs.replace(
+                    seen, hint=name, text=None, probability=None, reason=NOT_ASKED, set=(), coverage=None
+                )
+                self.board.put_hint(gone)
+                self._withdraw(gone, None)
 
     def _seen(self, hint: Hint) -> HintSeen:
         silent = hint.abstain or hint.text is None
@@ -246,5 +260,6 @@ class Bridge:
         reply = await self._link.one(SchemaRequest(self._link.new_id()), REPLY_S)
         if isinstance(reply, SchemaReply):
             self._texts = {hint.name: {one.id: one.text for one in hint.candidates} for hint in reply.schema.hints}
+            self._asked_when = {hint.name: hint.ask_when for hint in reply.schema.hints if hint.ask_when is not None}
             self._texts_of = model
             self.board.put(Names(tuple(self._texts)))

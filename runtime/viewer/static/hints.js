@@ -61,9 +61,9 @@ export function tick(trusted) {
 function whySilent(hint, stands, someFresh, trusted) {
   if (stands) return [reason(hint.reason ?? ""), aside(hint)].filter((part) => part !== "").join(" · ");
   if (!trusted) return say("notLive");
-  if (held) return say("notAsked");
-  if (hint === undefined) return say(someFresh ? "notAsked" : "nothingYet");
-  return someFresh ? say("notAsked") : say("expired", seconds(ageMs(hint.captured_ms)));
+  if (held) return reason("not asked");
+  if (hint === undefined) return someFresh ? reason("not asked") : say("nothingYet");
+  return someFresh ? reason("not asked") : say("expired", seconds(ageMs(hint.captured_ms)));
 }
 
 function aside(hint) {

@@ -43,7 +43,7 @@ from sonoedge.runtime.protocol import (
 from sonoedge.runtime.sources import SourceState
 
 MODEL = "3f5c0a" * 10
-REGION, FINDING = Text("liver", "肝脏"), Text("yes", "有")
+REGION, FINDING, NO = Text("liver", "肝脏"), Text("yes", "有"), Text("no", "无")
 STEP_S = 0.03
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -61,6 +61,7 @@ class FakeServer:
         self.silent = False  # says nothing at all, as if its machine were gone
         self.reason: str | None = None  # of every hint's abstention
         self.region = REGION
+        self.lesion = True
         self.tokens: tuple[str, ...] = ("No ", "lesion ", "is visible.")
         self.token_s = 0.0
         self.requests: list[str] = []
@@ -147,10 +148,12 @@ class FakeServer:
                 valid_ms=1000,
             )
 
-        return [
+        present = [
             hint("region", "liver", self.region, 0.93, ("liver", "kidney")),
-            hint("finding", "present", FINDING, 0.81, ()),
+            hint("finding", *(("present", FINDING) if self.lesion else ("absent", NO)), 0.81, ()),
         ]
+        kind = hint("kind", "cyst", Text("cyst", "囊肿"), 0.77, ())
+        return [*present, kind] if self.lesion and self.reason is None else present
 
     def _request(self, client: bytes, payload: bytes) -> None:
         def reply(message: Reply) -> None:

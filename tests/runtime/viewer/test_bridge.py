@@ -137,6 +137,22 @@ def test_hints_reach_the_board_and_guesses_do_not(fake_server: Any) -> None:
     play(fake_server, scene)
 
 
+def test_no_kind_is_shown_of_a_lesion_that_is_not_there(fake_server: Any) -> None:
+    async def scene(bridge: Bridge) -> None:
+        await until(lambda: (one := newest(bridge.board, "kind")) and one.text)
+        await until(lambda: newest(bridge.board, "finding").text == Text("yes", "有"))
+        fake_server.lesion = False
+        await until(lambda: newest(bridge.board, "finding").text == Text("no", "无"))
+        assert (newest(bridge.board, "kind").text, newest(bridge.board, "kind").reason) == (None, "not asked")
+        fake_server.lesion = True
+        await until(lambda: newest(bridge.board, "kind").text)
+        fake_server.reason = "low confidence"
+        await until(lambda: newest(bridge.board, "finding").text is None)
+        assert newest(bridge.board, "kind").text is None
+
+    play(fake_server, scene)
+
+
 def test_pictures_are_fetched_once_for_all_pages_and_at_most_15_times_a_second(fake_server: Any) -> None:
     async def page(bridge: Bridge) -> list[int]:
         seen = []

@@ -103,7 +103,7 @@ def test_over_curve_it_needs_a_key_on_the_list(serve_process: Any, clip: Path, t
         while (got := get(url, "/picture"))[0].status != 200:
             assert time.monotonic() < end, got[1]
         assert got[1].startswith(b"\xff\xd8")
-        with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=20) as page:
+        with socket.create_connection(("127.0.0.1", urlsplit(url).port or 0), timeout=20) as page:
             page.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             received = b""
             while b"event: hint" not in received:
