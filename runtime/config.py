@@ -27,8 +27,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     backend: Backend | None = None  # None: what the bundle's device profile names
     server_key: str | None = None  # file of the server's CURVE keys; with `allow` only
     allow: str | None = None  # folder of the clients' public keys
-    trusted: str | None = None  # folder of the keys that may have signed the bundle
-    require_signature: bool = False
+    trusted: str | None = None  # folder of the keys that may have signed the bundle; None: this machine's
+    allow_untrusted: bool = False  # serve a bundle that nobody signed, or none of them
     audit: str | None = None  # folder of the audit log; None: none is kept
     audit_max_bytes: Annotated[int, msgspec.Meta(ge=SMALLEST_BYTES)] = MAX_BYTES
     log_level: LogLevel = "warning"

@@ -45,7 +45,7 @@ def run(
     server_key: Path | None = None,
     allow: Path | None = None,
     trusted: Path | None = None,
-    require_signature: bool | None = None,
+    allow_untrusted: bool | None = None,
     audit: Path | None = None,
     print_only: bool = False,
 ) -> None:
@@ -65,7 +65,7 @@ def run(
         "server_key": None if server_key is None else str(server_key),
         "allow": None if allow is None else str(allow),
         "trusted": None if trusted is None else str(trusted),
-        "require_signature": require_signature,
+        "allow_untrusted": allow_untrusted,
         "audit": None if audit is None else str(audit),
     }
     effective = read_config(config, options)
@@ -90,7 +90,7 @@ def serve(config: Config, as_json: bool) -> None:
             Path(bundle),
             config.backend,
             trusted=None if config.trusted is None else Path(config.trusted),
-            require_signature=config.require_signature,
+            require_signature=not config.allow_untrusted,
         )
         with contextlib.closing(model.session), _audited(config) as audit, stopped_by_signals() as stop:
             record = keep_no_record if audit is None else audit.record

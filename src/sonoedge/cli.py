@@ -37,6 +37,10 @@ ClientKey = Annotated[
 ServerKey = Annotated[
     str | None, typer.Option(help="The server's public key, or the file that holds it.", show_default=False)
 ]
+TrustedKeys = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the keys that may have signed a bundle; else this machine's.", show_default=False),
+]
 TimeoutS = Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds of silence.")]
 
 
@@ -221,11 +225,11 @@ def evaluate(
 
 
 @app.command()
-def verify(bundle: BundlePath, backend: Backend = None, as_json: AsJson = False) -> None:
-    """Check a bundle: every hash, then the recorded outputs."""
+def verify(bundle: BundlePath, backend: Backend = None, trusted: TrustedKeys = None, as_json: AsJson = False) -> None:
+    """Check a bundle: every hash, who signed it, then the recorded outputs."""
     from sonoedge import verify
 
-    verify.run(bundle, as_json=as_json, backend=backend)
+    verify.run(bundle, as_json=as_json, backend=backend, trusted=trusted)
 
 
 @app.command()
@@ -289,12 +293,10 @@ def serve(
     allow: Annotated[
         Path | None, typer.Option(help="Folder of the clients' public keys; with --server-key.", show_default=False)
     ] = None,
-    trusted: Annotated[
-        Path | None, typer.Option(help="Folder of the keys that may have signed the bundle.", show_default=False)
-    ] = None,
-    require_signature: Annotated[
+    trusted: TrustedKeys = None,
+    allow_untrusted: Annotated[
         bool | None,
-        typer.Option("--require-signature", help="Refuse a bundle that no trusted key signed.", show_default=False),
+        typer.Option("--allow-untrusted", help="Serve a bundle that no trusted key signed.", show_default=False),
     ] = None,
     audit: Annotated[
         Path | None, typer.Option(help="Folder for the audit log; else none is kept.", show_default=False)
@@ -325,7 +327,7 @@ def serve(
         server_key=server_key,
         allow=allow,
         trusted=trusted,
-        require_signature=require_signature,
+        allow_untrusted=allow_untrusted,
         audit=audit,
         print_only=print_config,
     )
