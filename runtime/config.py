@@ -9,7 +9,9 @@ import msgspec
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.audit import MAX_BYTES, SMALLEST_BYTES
+from sonoedge.runtime.kept_frames import MAX_BYTES as KEPT_MAX_BYTES
 from sonoedge.runtime.logs import LogLevel
+from sonoedge.runtime.orientation import Flip
 from sonoedge.runtime.sessions.choose import Backend
 
 _WAY_OUT = "`sonoedge serve --print-config` shows every key"
@@ -31,6 +33,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow_untrusted: bool = False  # serve a bundle that nobody signed, or none of them
     audit: str | None = None  # folder of the audit log; None: none is kept
     audit_max_bytes: Annotated[int, msgspec.Meta(ge=SMALLEST_BYTES)] = MAX_BYTES
+    keep_frames: str | None = None  # folder of the frames that the audit log is about; with `audit` only
+    keep_frames_max_bytes: Annotated[int, msgspec.Meta(ge=1)] = KEPT_MAX_BYTES
+    flip: Flip = "auto"  # whether left and right are exchanged; auto: as the feed or its orientation marker says
     log_level: LogLevel = "warning"
 
 

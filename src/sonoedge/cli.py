@@ -301,6 +301,13 @@ def serve(
     audit: Annotated[
         Path | None, typer.Option(help="Folder for the audit log; else none is kept.", show_default=False)
     ] = None,
+    keep_frames: Annotated[
+        Path | None, typer.Option(help="Folder for the frames that the audit log is about.", show_default=False)
+    ] = None,
+    flip: Annotated[
+        Literal["auto", "yes", "no"] | None,
+        typer.Option(help="Whether left and right are exchanged; else as the feed or its marker says."),
+    ] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"] | None,
         typer.Option(help="What is logged to standard error; else warnings.", show_default=False),
@@ -329,6 +336,8 @@ def serve(
         trusted=trusted,
         allow_untrusted=allow_untrusted,
         audit=audit,
+        keep_frames=keep_frames,
+        flip=flip,
         print_only=print_config,
     )
 
