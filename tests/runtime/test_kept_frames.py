@@ -88,8 +88,14 @@ def test_the_log_names_the_pictures_of_what_was_said(
     source.brightness = 200
     with AuditLog(tmp_path / "log") as log:
         keeper = FrameKeeper(KeptFrames(tmp_path / "frames", 10**7, log.head.seq + 1), log.record)
-        endpoints = {"bind": "tcp://127.0.0.1:*", "hints_bind": "tcp://127.0.0.1:*"}
-        server = Server(make_model(), source, audit=log.record, keep=keeper.keep, **endpoints)
+        server = Server(
+            make_model(),
+            source,
+            bind="tcp://127.0.0.1:*",
+            hints_bind="tcp://127.0.0.1:*",
+            audit=log.record,
+            keep=keeper.keep,
+        )
         server.start()
         try:
             while server.telemetry().hinted == 0:
@@ -111,4 +117,5 @@ def test_the_log_names_the_pictures_of_what_was_said(
     (told,) = [record for record in records if record.kind == "answer"]
     picture = kept[told.fields["seen"][0]["kept"]]
     assert told.fields["seen"][0]["kept"].endswith(f"{answer.frame:012d}.jpg")
+    assert picture is not None
     assert abs(float(picture.mean()) - 200) < 3
