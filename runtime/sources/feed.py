@@ -161,9 +161,9 @@ class LiveFeed(ABC):
             self._since_ns, self._phase = since_ns, phase
 
     def _lose(self, reason: str) -> None:
-        self.disconnect()
         self._reason = reason
         self._linked, self._phase = False, "lost"
+        self.disconnect()  # may take its time
 
     def _compare_size(self, image: npt.NDArray[np.uint8]) -> None:
         size = image.shape[:2]

@@ -13,7 +13,8 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.sources.feed import LiveFeed, LostError, Picture
 from sonoedge.runtime.sources.stamps import StampMapper
 
-TIMEOUT_MS = 5000  # to connect, and between frames
+CONNECT_MS = 5000
+READ_MS = 2000  # FFmpeg gives an RTSP server up after three times this
 OLDEST_NS = 5_000_000_000  # a driver's stamp is of the monotonic clock when it lies at most this far back
 
 
@@ -41,7 +42,7 @@ def connect(spec: str, fps: float | None) -> Capture | None:
         if fps is not None:
             capture.set(cv2.CAP_PROP_FPS, fps)
     else:
-        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, TIMEOUT_MS]
+        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, CONNECT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_MS]
         capture = cv2.VideoCapture(spec, cv2.CAP_FFMPEG, limits)
     if not capture.isOpened():
         capture.release()

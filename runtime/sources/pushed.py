@@ -14,6 +14,10 @@ from sonoedge.runtime.sources.stamps import StampMapper
 
 WAITING = 4  # frames that wait to be read, besides those at the sender
 OLDEST_NS = 60_000_000_000  # a stamp that is older, or of the future, is of another clock
+GONE = zmq.EVENT_DISCONNECTED
+STRANGER = (  # a connection that does not speak ZeroMQ; that it is gone comes next
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
 
 _header = msgspec.msgpack.Decoder(PushedHeader)
 
@@ -30,6 +34,7 @@ class PushedSource(LiveFeed):
         self._socket = self._context.socket(zmq.PULL)
         self._closed = False
         self._connections = 0
+        self._strange = False  # the last to come was a stranger
         self._sender: int | None = None  # whose frames are taken
         self._stamps = StampMapper()
         try:
@@ -38,7 +43,7 @@ class PushedSource(LiveFeed):
             self._socket.set(zmq.MAXMSGSIZE, MAX_BYTES)
             self._socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
             self._socket.set(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
-            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | GONE | STRANGER)
             self.endpoint = bind(self._socket, spec)
         except BaseException:
             self._context.destroy(0)
@@ -82,6 +87,9 @@ class PushedSource(LiveFeed):
 
     def _count(self, event: int) -> None:
         """Follow who comes and goes; when one of several goes, the next frame says who stayed."""
+        strange, self._strange = self._strange, bool(event & STRANGER)
+        if self._strange or (strange and event == GONE):
+            return
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._connections += 1
             if self._phase in ("waiting", "lost"):

@@ -49,7 +49,7 @@ def test_pushed_frames_arrive_with_their_time_and_spacing(tmp_path: Path, watche
         watch.until_total(1)
         assert pusher.push(picture[:, :, 0])
         watch.until_total(2)
-        assert watch.source.detail is None
+        assert watch.says()[1] is None
         assert pusher.push(picture[::2, ::2])
         watch.until_total(3)
         assert watch.source.detail == "the frames changed from 64 x 48 to 32 x 24 pixels"
@@ -105,7 +105,10 @@ def test_what_a_dead_pusher_leaves_behind_does_not_shut_out_its_successor(tmp_pa
     source = open_source(endpoint)
     frames = iter(source)  # nobody reads yet
     with FramePusher(endpoint) as dead:
-        sent = sum(pushed for _ in range(200) if not time.sleep(0.01) and (pushed := dead.push(ONE)))
+        sent, until = 0, time.monotonic() + 2
+        while time.monotonic() < until and sent < 20:
+            sent += dead.push(ONE)
+            time.sleep(0.01)
     assert sent >= 2
     with FramePusher(endpoint) as successor:
         stop = threading.Event()
@@ -116,7 +119,11 @@ def test_what_a_dead_pusher_leaves_behind_does_not_shut_out_its_successor(tmp_pa
 
         thread = threading.Thread(target=push)
         thread.start()
+        impatience = threading.Timer(30, source.close)
+        impatience.start()
         shades = [frame.image[0, 0, 0] for frame in itertools.takewhile(lambda f: f.image[0, 0, 0] == 1, frames)]
+        assert source.state == "live"  # and not ended
+        impatience.cancel()
         stop.set()
         thread.join()
     assert len(shades) <= sent
@@ -124,17 +131,21 @@ def test_what_a_dead_pusher_leaves_behind_does_not_shut_out_its_successor(tmp_pa
     list(frames)
 
 
-def test_a_connection_that_is_no_pusher_changes_nothing(tmp_path: Path, watched: Context) -> None:
+@pytest.mark.parametrize("greeting", [b"", b"GET / HTTP/1.1\r\n\r\n" * 9, b"\xff" + bytes(8) + b"\x7f\x03"])
+def test_a_connection_that_is_no_pusher_changes_nothing(tmp_path: Path, watched: Context, greeting: bytes) -> None:
     endpoint = f"ipc://{tmp_path}/frames"
     with watched(endpoint) as watch, FramePusher(endpoint) as pusher:
         watch.until(lambda: pusher.push(ONE), 5)
         watch.until_state("live")
         with socket.socket(socket.AF_UNIX) as stray:
             stray.connect(f"{tmp_path}/frames")
-            stray.sendall(b"GET / HTTP/1.1\r\n\r\n" * 9)
-        watch.until(lambda: pusher.push(ONE), 5)
-        watch.until_total(2)
-        assert watch.says() == ("live", None)
+            if greeting:
+                stray.sendall(greeting)
+                stray.settimeout(5)
+                stray.recv(64)  # the server's greeting; then it hangs up, or waits for more
+        with FramePusher(endpoint):  # once it is counted, so is what came before it
+            watch.until(lambda: watch.source._connections == 2, 5)
+        assert watch.says()[0] == "live"
 
 
 def test_a_message_that_is_too_large_cuts_its_sender_off(tmp_path: Path, watched: Context) -> None:

@@ -92,23 +92,28 @@ class SlowMedium(RecordedSource):
         yield np.zeros((4, 4, 3), np.uint8)
 
 
+def says(source: RecordedSource) -> tuple[str, str | None]:
+    """What the feed says of itself now."""
+    return source.state, source.detail
+
+
 def test_a_medium_that_hangs_is_a_stall_and_a_slow_reader_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sonoedge.runtime.sources.silence.STALL_S", 0.1)
     source = SlowMedium()
     frames = iter(source)
     next(frames)
     time.sleep(0.2)  # the reader's own time
-    assert (source.state, source.detail) == ("live", None)
+    assert says(source) == ("live", None)
     thread = threading.Thread(target=lambda: list(frames))
     thread.start()
     until = time.monotonic() + 5
     while source.state != "stalled" and time.monotonic() < until:
         time.sleep(0.01)
-    assert source.detail is not None
-    assert source.detail.startswith("connected but no frames for 0.")
+    assert (source.detail or "").startswith("connected but no frames for 0.")
     source.hangs.set()
     thread.join(5)
-    assert (source.state, source.detail) == ("ended", None)
+    assert not thread.is_alive()
+    assert says(source) == ("ended", None)
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("nan"), 1e6])
