@@ -14,7 +14,8 @@ from sonoedge.runtime.sources.feed import LiveFeed, LostError, Picture
 from sonoedge.runtime.sources.stamps import StampMapper
 
 CONNECT_MS = 5000
-READ_MS = 2000  # FFmpeg gives an RTSP server up after three times this
+READ_MS = 6000  # longer than it takes to be called stalled
+RTSP_READ_MS = READ_MS // 3  # FFmpeg gives an RTSP server up after three times what it is told
 OLDEST_NS = 5_000_000_000  # a driver's stamp is of the monotonic clock when it lies at most this far back
 
 
@@ -42,7 +43,8 @@ def connect(spec: str, fps: float | None) -> Capture | None:
         if fps is not None:
             capture.set(cv2.CAP_PROP_FPS, fps)
     else:
-        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, CONNECT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_MS]
+        read_ms = RTSP_READ_MS if spec.startswith("rtsp") else READ_MS
+        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, CONNECT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, read_ms]
         capture = cv2.VideoCapture(spec, cv2.CAP_FFMPEG, limits)
     if not capture.isOpened():
         capture.release()
