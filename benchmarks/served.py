@@ -45,11 +45,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(bundle: Path, source: str, *, fps: float) -> Iterator[Served]:
+def served(bundle: Path, source: str, *, fps: float, python: Path = Path(sys.executable)) -> Iterator[Served]:
     """Serve `bundle` on free loopback ports until the block ends; raises CalledProcessError when it does not start."""
     code = "import sys; from sonoedge.cli import main; sys.exit(main())"
     verb = ["serve", str(bundle), "--source", source, "--fps", str(fps), "--bind", LOOPBACK, "--hints-bind", LOOPBACK]
-    command = [sys.executable, "-c", code, *verb, "--json"]
+    command = [str(python), "-c", code, *verb, "--allow-untrusted", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()

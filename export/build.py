@@ -19,6 +19,7 @@ import psutil
 from sonoedge import __version__
 from sonoedge.bundle import HINT_SCHEMA_FILE, TOKENIZER_FILE, BundleWriter, Contents, Golden, Hashes, Model
 from sonoedge.calibration.pool import PhantomPool, phantom_pool
+from sonoedge.development_key import sign_for_this_account
 from sonoedge.device_profiles import Profile, load_profile
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.build_report import Built, report
@@ -139,7 +140,12 @@ def build_bundle(checkpoint: Path, recipe: Recipe, profile: str, data: Data, out
         layout = plan_layout(job.config, made.plan)
         kept = _write_weights(work, made, layout)
         with BundleWriter(out, work.bundle) as writer:
-            return _assemble(job, made, layout, kept, work, writer, pinning, whole=whole)
+            built = _assemble(job, made, layout, kept, work, writer, pinning, whole=whole)
+    try:
+        sign_for_this_account(out)
+    except SonoEdgeError as error:
+        return msgspec.structs.replace(built, unsigned_because=str(error))
+    return built
 
 
 def _write_weights(work: BuildWork, made: Quantized, layout: Layout) -> int:

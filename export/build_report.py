@@ -22,6 +22,7 @@ class Built(msgspec.Struct, frozen=True):
     fidelity_missed: tuple[str, ...] | None = None  # floors; None: not measured, or the recipe has none
     tuning: Tuning | None = None  # None: the recipe asks for none, or the search held its floor
     preset: Fidelity | None = None  # what a preset costs; None: all experts are there
+    unsigned_because: str | None = None  # None: the account's own key has signed it
 
 
 class PresetCost(msgspec.Struct, frozen=True):
@@ -95,6 +96,7 @@ def report(out: Path, built: Built, as_json: bool) -> None:
             "fidelity_missed": built.fidelity_missed,
             "tuning": built.tuning,
             "preset": None if built.preset is None else _preset(built.preset),
+            "unsigned_because": built.unsigned_because,
         }
         print(msgspec.json.encode(told).decode())
         return
@@ -122,3 +124,7 @@ def report(out: Path, built: Built, as_json: bool) -> None:
             f"  {hint}: temperature {calibration.temperature:.2f}, silent below {calibration.abstain_below:.2f}, "
             f"calibration error {built.calibration_error[hint]:.3f}"
         )
+    if built.unsigned_because is None:
+        print("signed for this account: `serve` takes it here; sign it with a key of your own before it is shipped")
+    else:
+        print(f"not signed: {built.unsigned_because}")

@@ -9,8 +9,11 @@ import msgspec
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.audit import MAX_BYTES, SMALLEST_BYTES
+from sonoedge.runtime.kept_frames import MAX_BYTES as KEPT_MAX_BYTES
 from sonoedge.runtime.logs import LogLevel
+from sonoedge.runtime.orientation import Flip
 from sonoedge.runtime.sessions.choose import Backend
+from sonoedge.runtime.sources import FASTEST
 
 _WAY_OUT = "`sonoedge serve --print-config` shows every key"
 
@@ -24,13 +27,18 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hints_bind: str = "tcp://127.0.0.1:5556"
     once: bool = False
     fps: Annotated[float, msgspec.Meta(gt=0, le=1000)] | None = None  # None: the source's own
+    speed: Annotated[float, msgspec.Meta(gt=0, le=FASTEST)] = 1.0  # of a recording, times its own
+    step: bool = False  # play a recording frame by frame: the next when the last is done with, none dropped
     backend: Backend | None = None  # None: what the bundle's device profile names
     server_key: str | None = None  # file of the server's CURVE keys; with `allow` only
     allow: str | None = None  # folder of the clients' public keys
-    trusted: str | None = None  # folder of the keys that may have signed the bundle
-    require_signature: bool = False
+    trusted: str | None = None  # folder of the keys that may have signed the bundle; None: this machine's
+    allow_untrusted: bool = False  # serve a bundle that nobody signed, or none of them
     audit: str | None = None  # folder of the audit log; None: none is kept
     audit_max_bytes: Annotated[int, msgspec.Meta(ge=SMALLEST_BYTES)] = MAX_BYTES
+    keep_frames: str | None = None  # folder of the frames that the audit log is about; with `audit` only
+    keep_frames_max_bytes: Annotated[int, msgspec.Meta(ge=1)] = KEPT_MAX_BYTES
+    flip: Flip = "auto"  # whether left and right are exchanged; auto: as the feed or its orientation marker says
     log_level: LogLevel = "warning"
 
 

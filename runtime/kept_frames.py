@@ -3,15 +3,22 @@
 They are the cropped sector, never the whole picture, so names burned in beside it are not kept.
 """
 
+import queue
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.sight import Sight
 
 QUALITY = 90
+MAX_BYTES = 2**30
+WAITING = 16  # frames that wait for the disk
 
 
 class KeptFrames:
@@ -27,9 +34,15 @@ class KeptFrames:
         except OSError as error:
             raise SonoEdgeError(f"{folder} cannot keep frames ({error.strerror}): name another folder") from error
 
+    def path(self, sequence: int) -> Path:
+        """Return where the frame of that number is kept."""
+        return self._folder / f"{self._run:012d}-{sequence:012d}.jpg"
+
     def keep(self, sequence: int, sector: npt.NDArray[np.uint8]) -> Path:
         """Write the sector, RGB of any size, and return its file; raises OSError when the disk refuses."""
-        path = self._folder / f"{self._run:012d}-{sequence:012d}.jpg"
+        path = self.path(sequence)
+        if path in self._sizes:
+            return path
         _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(sector, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
         data = jpeg.tobytes()
         while self._sizes and self._total + len(data) > self._max_bytes:
@@ -44,3 +57,47 @@ class KeptFrames:
         self._sizes[path] = len(data)
         self._total += len(data)
         return path
+
+
+class FrameKeeper:
+    """Writes frames on a thread of its own, so that no disk ever holds up a hint."""
+
+    def __init__(self, folder: KeptFrames, record: Callable[[str, Mapping[str, Any]], None]) -> None:
+        """record: the audit log's, which is told of a frame that was not kept after all."""
+        self._folder, self._record = folder, record
+        self._sights: queue.Queue[Sight | None] = queue.Queue(WAITING)
+        self._last: int | None = None
+        self._thread = threading.Thread(target=self._run, name="kept-frames", daemon=True)
+        self._thread.start()
+
+    def keep(self, sight: Sight) -> Mapping[str, str]:
+        """Keep a frame and return where, as a record says it; from one thread, which never waits."""
+        sequence = sight.frame.sequence
+        if sequence != self._last:
+            try:
+                self._sights.put_nowait(sight)
+            except queue.Full:
+                return {"not_kept": f"{WAITING} frames wait for the disk"}
+            self._last = sequence
+        return {"kept": self._folder.path(sequence).name}
+
+    def close(self) -> None:
+        """Write what waits and end."""
+        self._sights.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (sight := self._sights.get()) is not None:
+            self._write(sight)
+
+    def _write(self, sight: Sight) -> None:
+        try:
+            self._folder.keep(sight.frame.sequence, sight.frame.image)
+        except OSError as error:
+            name = self._folder.path(sight.frame.sequence).name
+            self._record("not_kept", {"file": name, "problem": error.strerror or str(error)})
+
+
+def keep_no_frame(_sight: Sight) -> Mapping[str, str]:
+    """Stand in for `FrameKeeper.keep` where nobody asked for frames."""
+    return {}

@@ -4,9 +4,7 @@ The files are ZeroMQ certificates, which pyzmq and czmq read: `NAME.key` holds a
 `NAME.key_secret` the secret one too (https://rfc.zeromq.org/spec/32/, https://rfc.zeromq.org/spec/26/).
 """
 
-import os
 import re
-import stat
 from pathlib import Path
 
 import msgspec
@@ -14,10 +12,10 @@ import zmq
 from zmq.auth import load_certificate
 
 from sonoedge.errors import SonoEdgeError
+from sonoedge.key_storage import FOR_ALL, FOR_OWNER, read_small, require_private, write_new
 
 PUBLIC_SUFFIX = ".key"
 SECRET_SUFFIX = ".key_secret"
-_LARGEST_FILE_BYTES = 64 * 1024
 _KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _NAME = re.compile(r"[\w][\w.-]{0,63}")
 
@@ -46,13 +44,12 @@ class ClientKeys(msgspec.Struct, frozen=True):
 def make_pair(stem: Path) -> KeyPair:
     """Write a new pair to `stem`.key and `stem`.key_secret, for their owner only; raises SonoEdgeError if one is."""
     public, secret = (key.decode() for key in zmq.curve_keypair())
-    paths = stem.with_name(stem.name + PUBLIC_SUFFIX), stem.with_name(stem.name + SECRET_SUFFIX)
-    for path in paths:
-        if path.exists():
-            raise SonoEdgeError(f"{path} exists: a key in use is never overwritten, give another name")
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    _write(paths[1], _certificate(public, secret), 0o600)
-    _write(paths[0], _certificate(public), 0o600)
+    write_new(
+        {
+            stem.with_name(stem.name + SECRET_SUFFIX): (_certificate(public, secret), FOR_OWNER),
+            stem.with_name(stem.name + PUBLIC_SUFFIX): (_certificate(public), FOR_OWNER),
+        }
+    )
     return KeyPair(public, secret)
 
 
@@ -63,8 +60,7 @@ def read_pair(path: Path) -> KeyPair:
         raise SonoEdgeError(
             f"{path} holds no secret key: give the {SECRET_SUFFIX} file that `sonoedge keys make` wrote"
         )
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise SonoEdgeError(f"{path} can be read by others than its owner: run `chmod 600 {path}`")
+    require_private(path)
     if zmq.curve_public(secret.encode()).decode() != public:
         raise SonoEdgeError(f"{path}: its public key does not belong to its secret one: make a new pair")
     return KeyPair(public, secret)
@@ -107,11 +103,10 @@ def allow_client(folder: Path, key: str, name: str | None = None) -> str:
     listed = allowed_clients(folder) if folder.is_dir() else {}
     if public in listed:
         raise SonoEdgeError(f"{folder} lists that key already, as {listed[public]}: nothing to do")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / (name + PUBLIC_SUFFIX)
     if path.exists():
         raise SonoEdgeError(f"{path} exists and holds another key: give another --name, or remove it first")
-    _write(path, _certificate(public), 0o644)
+    write_new({path: (_certificate(public), FOR_ALL)})
     return name
 
 
@@ -159,12 +154,9 @@ def _load_or_say(path: Path, problems: list[str]) -> str | None:
 def _load(path: Path) -> tuple[str, str | None]:
     """Return the public key and, where the file has one, the secret key."""
     way_out = "give a key of 40 characters, or a file that `sonoedge keys make` wrote"
+    read_small(path, way_out)
     try:
-        if path.stat().st_size > _LARGEST_FILE_BYTES:
-            raise SonoEdgeError(f"{path} is too long for a key: {way_out}")
         public, secret = load_certificate(path)
-    except OSError as error:
-        raise SonoEdgeError(f"{path} cannot be read ({error.strerror}): {way_out}") from error
     except ValueError as error:
         raise SonoEdgeError(f"{path} holds no key: {way_out}") from error
     texts = [key.decode("ascii", "replace") for key in (public, secret) if key is not None]
@@ -173,24 +165,8 @@ def _load(path: Path) -> tuple[str, str | None]:
     return texts[0], texts[1] if secret is not None else None
 
 
-def _certificate(public: str, secret: str | None = None) -> str:
+def _certificate(public: str, secret: str | None = None) -> bytes:
     lines = ["metadata", "curve", f'    public-key = "{public}"']
     if secret is not None:
         lines.append(f'    secret-key = "{secret}"')
-    return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, text: str, mode: int) -> None:
-    """Create a file that is never, not even for a moment, open to more than `mode`, nor there in part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            os.fchmod(file.fileno(), mode)  # whatever the umask
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(partial, path)  # unlike a rename, never replaces what appeared meanwhile
-    finally:
-        partial.unlink(missing_ok=True)
+    return ("\n".join(lines) + "\n").encode("ascii")

@@ -31,7 +31,7 @@ def open_model(
     """Check and load the bundle at `path` and repeat its golden outputs; raises SonoEdgeError naming what is wrong.
 
     backend: what runs it; None is what the bundle's device profile names. trusted: folder of the keys one of which must
-    have signed the bundle when `require_signature`.
+    have signed the bundle when `require_signature`, as for `trusted_keys`.
     """
     bundle = open_bundle(path, trusted=trusted, require_signature=require_signature)
     manifest = bundle.manifest

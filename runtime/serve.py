@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -15,12 +15,15 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.audit import AuditLog
 from sonoedge.runtime.config import Config, print_config, read_config
 from sonoedge.runtime.endpoints import check_endpoint
+from sonoedge.runtime.kept_frames import FrameKeeper, KeptFrames, keep_no_frame
 from sonoedge.runtime.key_files import server_keys
 from sonoedge.runtime.logs import LogLevel, log_to_stderr
 from sonoedge.runtime.model import Model, open_model
 from sonoedge.runtime.notify import Notifier
+from sonoedge.runtime.orientation import Flip
 from sonoedge.runtime.server import Server
 from sonoedge.runtime.sessions.choose import Backend
+from sonoedge.runtime.sight import Sight
 from sonoedge.runtime.sources import open_source
 from sonoedge.runtime.wire import keep_no_record
 
@@ -45,8 +48,12 @@ def run(
     server_key: Path | None = None,
     allow: Path | None = None,
     trusted: Path | None = None,
-    require_signature: bool | None = None,
+    allow_untrusted: bool | None = None,
     audit: Path | None = None,
+    keep_frames: Path | None = None,
+    flip: Flip | None = None,
+    speed: float | None = None,
+    step: bool | None = None,
     print_only: bool = False,
 ) -> None:
     """Serve until the source ends (`once`), Ctrl-C or SIGTERM; raises SonoEdgeError for anything that cannot start.
@@ -60,13 +67,17 @@ def run(
         "hints_bind": hints_bind,
         "once": once,
         "fps": fps,
+        "speed": speed,
+        "step": step,
         "backend": backend,
         "log_level": log_level,
         "server_key": None if server_key is None else str(server_key),
         "allow": None if allow is None else str(allow),
         "trusted": None if trusted is None else str(trusted),
-        "require_signature": require_signature,
+        "allow_untrusted": allow_untrusted,
         "audit": None if audit is None else str(audit),
+        "keep_frames": None if keep_frames is None else str(keep_frames),
+        "flip": flip,
     }
     effective = read_config(config, options)
     if print_only:
@@ -79,22 +90,40 @@ def serve(config: Config, as_json: bool) -> None:
     """Serve as configured: one ready line, then a summary at the end."""
     bundle, source = _required(config.bundle, "bundle"), _required(config.source, "source")
     log_to_stderr(config.log_level)
+    if config.keep_frames is not None and config.audit is None:
+        raise SonoEdgeError(f"keep_frames is {config.keep_frames}, and no log says what they are: give --audit too")
     keys = server_keys(*(None if path is None else Path(path) for path in (config.server_key, config.allow)))
     for endpoint in (config.bind, config.hints_bind):  # a wrong one is told before the model takes its time to load
         check_endpoint(endpoint, secured=keys is not None)
     with (
         contextlib.closing(Notifier()) as notifier,
-        contextlib.closing(open_source(source, once=config.once, fps=config.fps)) as feed,
+        contextlib.closing(
+            open_source(source, once=config.once, fps=config.fps, speed=config.speed, step=config.step)
+        ) as feed,
     ):
         model = open_model(
             Path(bundle),
             config.backend,
             trusted=None if config.trusted is None else Path(config.trusted),
-            require_signature=config.require_signature,
+            require_signature=not config.allow_untrusted,
         )
-        with contextlib.closing(model.session), _audited(config) as audit, stopped_by_signals() as stop:
-            record = keep_no_record if audit is None else audit.record
-            server = Server(model, feed, bind=config.bind, hints_bind=config.hints_bind, security=keys, audit=record)
+        with (
+            contextlib.closing(model.session),
+            _audited(config) as audit,
+            _kept(config, audit) as keep,
+            stopped_by_signals() as stop,
+        ):
+            server = Server(
+                model,
+                feed,
+                bind=config.bind,
+                hints_bind=config.hints_bind,
+                security=keys,
+                audit=keep_no_record if audit is None else audit.record,
+                keep=keep,
+                flip=config.flip,
+                step=config.step,
+            )
             server.start()
             try:
                 _say_ready(server, model, feed.name, as_json)
@@ -119,6 +148,18 @@ def _audited(config: Config) -> contextlib.AbstractContextManager[AuditLog | Non
     return contextlib.nullcontext() if config.audit is None else AuditLog(Path(config.audit), config.audit_max_bytes)
 
 
+@contextlib.contextmanager
+def _kept(config: Config, audit: AuditLog | None) -> Iterator[Callable[[Sight], Mapping[str, str]]]:
+    """What keeps the frames that the audit log is about."""
+    if config.keep_frames is None:
+        yield keep_no_frame
+        return
+    assert audit is not None  # checked before the model is loaded
+    folder = KeptFrames(Path(config.keep_frames), config.keep_frames_max_bytes, run=audit.head.seq + 1)
+    with contextlib.closing(FrameKeeper(folder, audit.record)) as keeper:
+        yield keeper.keep
+
+
 def _watch(server: Server, audit: AuditLog | None, stop: threading.Event, notifier: Notifier) -> None:
     """Wait for the end; tell the supervisor and the log how it goes."""
     said = None
@@ -129,7 +170,8 @@ def _watch(server: Server, audit: AuditLog | None, stop: threading.Event, notifi
         if state.state != said:
             said = state.state
             notifier.status(f"source {said}")
-            LOG.log(logging.WARNING if said in ("lost", "stalled") else logging.INFO, "source %s", said)
+            level = logging.WARNING if said in ("lost", "stalled") else logging.INFO
+            LOG.log(level, "source %s", said if state.detail is None else f"{said}: {state.detail}")
         if audit is not None and (now := audit.state).state != recording:
             recording = now.state
             notifier.status(f"audit log {recording}")

@@ -32,7 +32,7 @@ from sonoedge.bundle import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import onnx_ir as ir
 
@@ -53,6 +53,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine's pauses are no defect of what is tested.
 settings.register_profile("sonoedge", deadline=None)
 settings.load_profile("sonoedge")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the keys that builds make out of the account of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        yield
 
 
 class Ran(msgspec.Struct, frozen=True):

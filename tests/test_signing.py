@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from sonoedge import signing
 from sonoedge.bundle import BundleWriter, open_bundle
+from sonoedge.development_key import sign_for_this_account
 from sonoedge.errors import SonoEdgeError
-from sonoedge.signing import Signature, make_signing_key, read_signer, sign_manifest, trusted_keys
+from sonoedge.signing import Signature, make_signing_key, read_signer, sign_manifest
+from sonoedge.trust import trusted_keys
 
 
 class Keys(msgspec.Struct, frozen=True):
@@ -46,9 +48,37 @@ def test_a_signed_bundle_says_by_whom(small_bundle: Path, keys: Keys) -> None:
     assert not list(small_bundle.parent.glob(".*partial"))
 
 
+def test_what_this_account_builds_it_trusts_and_no_other_account_does(
+    small_bundle: Path, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "mine"))
+    sign_for_this_account(small_bundle)
+    secret = tmp_path / "mine" / "sonoedge" / "this-account.pem"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    first = secret.read_bytes()
+    sign_for_this_account(small_bundle)  # with the same key
+    assert secret.read_bytes() == first
+    assert open_bundle(small_bundle, require_signature=True).signer.name == "this-account"
+    with pytest.raises(SonoEdgeError, match="not among the trusted ones"):  # a folder that is named is all there is
+        open_bundle(small_bundle, trusted=keys.trusted, require_signature=True)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "theirs"))
+    with pytest.raises(SonoEdgeError, match="not among the trusted ones"):
+        open_bundle(small_bundle, require_signature=True)
+
+
+def test_an_account_that_can_keep_no_key_is_told_so(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    with pytest.raises(SonoEdgeError, match=r"this-account\.pem cannot be made .* `sonoedge sign`"):
+        sign_for_this_account(small_bundle)
+    assert not (small_bundle / "manifest.json.sig").exists()
+
+
 def test_unsigned_and_untrusted_bundles_open_only_where_allowed(small_bundle: Path, keys: Keys) -> None:
     assert open_bundle(small_bundle, trusted=keys.trusted).signer.state == "unsigned"
-    with pytest.raises(SonoEdgeError, match=r"the bundle is signed by nobody: sign it .* require_signature = false"):
+    with pytest.raises(SonoEdgeError, match=r"the bundle is signed by nobody: sign it .* \(allow_untrusted = true\)"):
         open_bundle(small_bundle, trusted=keys.trusted, require_signature=True)
     sign_manifest(small_bundle, keys.stranger)
     assert open_bundle(small_bundle, trusted=keys.trusted).signer.state == "untrusted"
@@ -167,12 +197,12 @@ def test_any_changed_byte_of_the_signature_file_is_noticed(data: st.DataObject, 
     sign_manifest(small_bundle, keys.maker)
     manifest = (small_bundle / "manifest.json").read_bytes()
     path = small_bundle / "manifest.json.sig"
-    good, content = read_signer(small_bundle, manifest, keys.trusted), bytearray(path.read_bytes())
+    good, content = read_signer(small_bundle, manifest, trusted_keys(keys.trusted)), bytearray(path.read_bytes())
     where = data.draw(st.integers(0, len(content) - 1))
     content[where] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     with contextlib.suppress(SonoEdgeError):
-        assert read_signer(small_bundle, manifest, keys.trusted) == good
+        assert read_signer(small_bundle, manifest, trusted_keys(keys.trusted)) == good
 
 
 def test_a_signature_file_of_any_size_is_bounded(small_bundle: Path) -> None:

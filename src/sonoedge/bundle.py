@@ -31,7 +31,8 @@ from sonoedge.manifest import (
     StageCost,
     decode_manifest,
 )
-from sonoedge.signing import Signer, read_signer, require_trusted
+from sonoedge.signing import Signer, read_signer
+from sonoedge.trust import require_trusted, trusted_keys
 
 __all__ = [
     "ENGINES_FOLDER",
@@ -95,8 +96,8 @@ def open_bundle(
 ) -> Bundle:
     """Check every byte of the bundle at `path` and return it.
 
-    trusted: folder of the public keys that this machine trusts. require_signature: refuse a bundle that none of them
-    signed, before any of its files is read. ignore_signature: take it as unsigned, to sign it again.
+    trusted: folder of the public keys that are trusted, as for `trusted_keys`. require_signature: refuse a bundle that
+    none of them signed, before any of its files is read. ignore_signature: take it as unsigned, to sign it again.
 
     Raises SonoEdgeError naming the file: no bundle, an unreadable or newer manifest, a file that is changed, missing,
     unlisted (outside engines/), a link or outside the folder, a signature that does not belong to the manifest.
@@ -110,7 +111,7 @@ def open_bundle(
         if (root / MANIFEST_FILE).stat().st_size > _LARGEST_MANIFEST_BYTES:
             raise SonoEdgeError(f"{MANIFEST_FILE} is over {_LARGEST_MANIFEST_BYTES} bytes long: build the bundle again")
         data = (root / MANIFEST_FILE).read_bytes()
-        signer = Signer("unsigned") if ignore_signature else read_signer(root, data, trusted)
+        signer = Signer("unsigned") if ignore_signature else read_signer(root, data, trusted_keys(trusted))
         if require_signature:
             require_trusted(signer, trusted)
         manifest = decode_manifest(data)

@@ -4,20 +4,19 @@ The manifest holds the SHA-256 of every file, so one signature covers all but th
 """
 
 import os
-import stat
 from base64 import b64decode, b64encode
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from sonoedge.errors import SonoEdgeError
+from sonoedge.key_storage import FOR_ALL, FOR_OWNER, read_small, require_private, write_new
 from sonoedge.manifest import MANIFEST_FILE, SIGNATURE_FILE
 
-TRUSTED_KEYS = Path("/etc/sonoedge/trusted-keys")
 SECRET_SUFFIX = ".pem"
 PUBLIC_SUFFIX = ".pub"
-_LARGEST_FILE_BYTES = 16 * 1024
 
 
 class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,7 +28,7 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Signer(msgspec.Struct, frozen=True):
-    """Who signed a bundle; `name` is what the folder of trusted keys calls the key, None when it is not there."""
+    """Who signed a bundle; `name` is what the key is called here, None when it is not trusted."""
 
     state: Literal["unsigned", "trusted", "untrusted"]
     key: str | None = None
@@ -57,18 +56,14 @@ def make_signing_key(stem: Path) -> str:
     )
 
     secret = Ed25519PrivateKey.generate()
-    files = (
-        (SECRET_SUFFIX, secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600),
-        (PUBLIC_SUFFIX, secret.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644),
+    private = secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    public = secret.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    write_new(
+        {
+            stem.with_name(stem.name + SECRET_SUFFIX): (private, FOR_OWNER),
+            stem.with_name(stem.name + PUBLIC_SUFFIX): (public, FOR_ALL),
+        }
     )
-    for suffix, _, _ in files:
-        if (path := stem.with_name(stem.name + suffix)).exists():
-            raise SonoEdgeError(f"{path} exists: a key in use is never overwritten, give another name")
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, data, mode in files:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with os.fdopen(os.open(stem.with_name(stem.name + suffix), flags, mode), "wb") as file:
-            file.write(data)
     return b64encode(secret.public_key().public_bytes_raw()).decode()
 
 
@@ -78,9 +73,8 @@ def sign_manifest(root: Path, key: Path) -> Signature:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     way_out = "give an Ed25519 key in PEM, such as `sonoedge keys make --signing` writes"
-    data = _read(key, way_out)
-    if stat.S_IMODE(key.stat().st_mode) & 0o077:
-        raise SonoEdgeError(f"{key} can be read by others than its owner: run `chmod 600 {key}`")
+    data = read_small(key, way_out)
+    require_private(key)
     try:
         secret = load_pem_private_key(data, password=None)
     except (ValueError, TypeError) as error:
@@ -100,8 +94,8 @@ def sign_manifest(root: Path, key: Path) -> Signature:
     return signature
 
 
-def read_signer(root: Path, manifest: bytes, trusted: Path | None) -> Signer:
-    """Say who signed these bytes of a manifest; `trusted` is a folder of `NAME.pub` files, None: nobody is trusted.
+def read_signer(root: Path, manifest: bytes, trusted: Mapping[str, str]) -> Signer:
+    """Say who signed these bytes of a manifest; `trusted` are the keys, public key in base64 → name.
 
     Raises SonoEdgeError for a signature that cannot be read or belongs to other bytes.
     """
@@ -113,7 +107,7 @@ def read_signer(root: Path, manifest: bytes, trusted: Path | None) -> Signer:
 
     way_out = "copy the bundle again, or remove that file and sign it anew"
     try:
-        found = msgspec.json.decode(_read(path, way_out), type=Signature)
+        found = msgspec.json.decode(read_small(path, way_out), type=Signature)
         raw, signature = b64decode(found.key, validate=True), b64decode(found.signature, validate=True)
         public = Ed25519PublicKey.from_public_bytes(raw)
     except (msgspec.DecodeError, ValueError) as error:
@@ -125,33 +119,8 @@ def read_signer(root: Path, manifest: bytes, trusted: Path | None) -> Signer:
     except InvalidSignature as error:
         raise SonoEdgeError(f"{SIGNATURE_FILE} does not belong to this {MANIFEST_FILE}: {way_out}") from error
     key = b64encode(raw).decode()
-    name = None if trusted is None else trusted_keys(trusted).get(key)
+    name = trusted.get(key)
     return Signer("untrusted" if name is None else "trusted", key, name)
-
-
-def require_trusted(signer: Signer, trusted: Path | None) -> None:
-    """Raise SonoEdgeError unless a trusted key signed the bundle."""
-    if signer.state != "trusted":
-        where = f"a key in {trusted}" if trusted is not None else "a key in a folder given with --trusted"
-        raise SonoEdgeError(f"the bundle is {signer}: sign it with {where}, or set require_signature = false")
-
-
-def trusted_keys(folder: Path) -> dict[str, str]:
-    """Return the keys of a folder, public key in base64 → file name without `.pub`; an absent folder has none."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    keys: dict[str, str] = {}
-    for path in sorted(folder.glob(f"*{PUBLIC_SUFFIX}")):
-        way_out = "remove it, or copy there a .pub file that `sonoedge keys make --signing` wrote"
-        try:
-            public = load_pem_public_key(_read(path, way_out))
-        except ValueError as error:
-            raise SonoEdgeError(f"{path} holds no public key: {way_out}") from error
-        if not isinstance(public, Ed25519PublicKey):
-            raise SonoEdgeError(f"{path} holds a key of another kind than Ed25519: {way_out}")
-        keys[b64encode(public.public_bytes_raw()).decode()] = path.stem
-    return keys
 
 
 def run(bundle: Path, key: Path, as_json: bool) -> None:
@@ -164,12 +133,3 @@ def run(bundle: Path, key: Path, as_json: bool) -> None:
         print(msgspec.json.encode({"signed": str(bundle), "key": signature.key}).decode())
         return
     print(f"{bundle / SIGNATURE_FILE}: {len(opened.manifest.files)} files signed with the key {signature.key}")
-
-
-def _read(path: Path, way_out: str) -> bytes:
-    try:
-        if path.stat().st_size > _LARGEST_FILE_BYTES:
-            raise SonoEdgeError(f"{path} is too long: {way_out}")
-        return path.read_bytes()
-    except OSError as error:
-        raise SonoEdgeError(f"{path} cannot be read ({error.strerror}): {way_out}") from error

@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 
 from sonoedge.bundle import open_bundle
-from sonoedge.signing import TRUSTED_KEYS, Signer
+from sonoedge.signing import Signer
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -26,11 +26,11 @@ def run(
     *,
     as_json: bool,
     backend: Literal["tensorrt", "cuda", "cpu"] | None = None,
-    trusted: Path = TRUSTED_KEYS,
+    trusted: Path | None = None,
 ) -> None:
     """Check and report; raises SonoEdgeError naming what differs. `backend` None: the one of the bundle's profile.
 
-    trusted: folder of the public keys whose signature is reported as trusted.
+    trusted: folder of the public keys whose signature is reported as trusted, as for `trusted_keys`.
     """
     bundle = open_bundle(path, trusted=trusted)
     # Hashes are checked before a backend is loaded: a changed graph is never run.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime import audit_check
 from sonoedge.runtime.audit import SMALLEST_BYTES, AuditLog
 from sonoedge.runtime.audit_check import verify
-from sonoedge.runtime.kept_frames import KeptFrames
 
 VALUES = st.text() | st.integers() | st.floats() | st.none() | st.booleans()
 
@@ -385,18 +383,3 @@ def test_a_log_is_let_go_when_closed(tmp_path: Path) -> None:
     for _ in range(3):
         write(tmp_path, 1)
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
-
-
-def test_frames_are_kept_within_their_bound_by_run_and_sequence(
-    tmp_path: Path, noise: Callable[..., np.ndarray[Any, np.dtype[np.uint8]]]
-) -> None:
-    sector = noise(60, 80)
-    size = KeptFrames(tmp_path / "probe", 10**6, 1).keep(0, sector).stat().st_size
-    kept = KeptFrames(tmp_path / "frames", 4 * size, run=7)
-    for sequence in range(10):
-        kept.keep(sequence, sector)
-    names = sorted(path.name for path in (tmp_path / "frames").iterdir())
-    assert names == [f"{7:012d}-{sequence:012d}.jpg" for sequence in range(6, 10)]
-    KeptFrames(tmp_path / "frames", 4 * size, run=31).keep(0, sector)  # a later run, whose numbers begin anew
-    names = sorted(path.name for path in (tmp_path / "frames").iterdir())
-    assert names == [*(f"{7:012d}-{sequence:012d}.jpg" for sequence in range(7, 10)), f"{31:012d}-{0:012d}.jpg"]

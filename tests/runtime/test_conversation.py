@@ -267,7 +267,7 @@ def test_everything_that_is_said_is_recorded(make_source: MakeSource, make_model
     server.stop()
     kinds = [kind for kind, _ in said]
     assert (kinds[0], kinds[-1]) == ("start", "stop")
-    assert set(kinds) == {"start", "state", "hint", "freeze", "answer", "refusal", "stop"}
+    assert set(kinds) == {"start", "state", "hint", "hint_until", "freeze", "answer", "refusal", "stop"}
     records: dict[str, dict[str, Any]] = msgspec.json.decode(msgspec.json.encode(dict(said)))
     assert records["answer"]["answer"] == answer.answer
     assert records["answer"]["turns"] == [{"question": "Before?", "answer": "Nothing."}]
@@ -275,7 +275,9 @@ def test_everything_that_is_said_is_recorded(make_source: MakeSource, make_model
     assert records["stop"]["questions"] == 1
     for kind in ("hint", "answer", "freeze"):
         assert records[kind]["model"] == "0123456789abcdef"
-        assert {"frame", "age_ms", "intended_use", "captured_ns"} <= records[kind].keys()
+        assert {"frame", "age_ms", "intended_use"} <= records[kind].keys()
+    assert len(records["answer"]["seen"]) == 1
+    assert {"captured_ns"} == records["answer"]["seen"][0].keys()
 
 
 def test_a_client_in_javascript_hears_the_same(start_server: StartServer, make_source: MakeSource) -> None:

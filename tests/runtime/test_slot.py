@@ -10,6 +10,7 @@ from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.latency import LatencyWindow
 from sonoedge.runtime.protocol import Ask
 from sonoedge.runtime.questions import Question, QuestionQueue
+from sonoedge.runtime.sight import Sight
 from sonoedge.runtime.slot import LatestFrameSlot
 from sonoedge.runtime.wire import Envelope
 
@@ -57,7 +58,7 @@ def test_no_frame_is_lost_uncounted_between_threads(shade: Shade) -> None:
 
 
 def question(shade: Shade, client: bytes, name: str) -> Question:
-    return Question(Envelope(client, False), Ask(name, "?"), shade(0), time.monotonic_ns(), threading.Event())
+    return Question(Envelope(client, False), Ask(name, "?"), (Sight(shade(0)),), time.monotonic_ns(), threading.Event())
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_back(shade: Shade) -> None:
