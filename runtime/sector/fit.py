@@ -26,7 +26,7 @@ def fit(weights: Floats, extent: tuple[float, float, float, float], seed: int = 
     rng = np.random.Generator(np.random.SFC64(seed))
     coarse = weights[: weights.shape[0] // COARSE * COARSE, : weights.shape[1] // COARSE * COARSE]
     blocks = coarse.reshape(coarse.shape[0] // COARSE, COARSE, -1, COARSE).mean(axis=(1, 3))
-    small, fine = np.array(extent, np.float32) / COARSE, _sums(weights)
+    small, fine = np.divide(extent, COARSE, dtype=np.float32), _sums(weights)
     grown = np.array([COARSE, COARSE, 1, COARSE, COARSE, 1 / COARSE, 1 / COARSE], np.float32)
     best, best_gain = np.empty(7, np.float32), -np.inf
     kinds: tuple[Kind, Kind] = (_linear, _round)

@@ -88,7 +88,7 @@ def evidence(glimpses: Glimpses) -> list[Evidence]:
     changed = np.asarray(cv2.subtract(high, low), np.uint8)
     moved = np.asarray(changed > CHANGED, np.uint8)
     panels = _panels(low, ground, changed)
-    kinds = [_ramp(cv2.max(contrast, changed), STRONG), _ramp(contrast, FAINT)]
+    kinds = [_ramp(np.maximum(contrast, changed), STRONG), _ramp(contrast, FAINT)]
     if glimpses.frames >= CHANGE_FRAMES and changed.any():
         kinds.append(_ramp(changed, FAINT))
     return [Evidence(something, moved, _thick(something, panels), panels, ground) for something in kinds]

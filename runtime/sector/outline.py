@@ -73,7 +73,7 @@ class Outline(msgspec.Struct, frozen=True):
         """255 inside. [height, width]"""
         top, bottom = spans(self.numbers[None], width)
         rows = np.arange(height, dtype=np.float32)[:, None]
-        return np.asarray((rows >= top - 0.5) & (rows <= bottom + 0.5), np.uint8) * np.uint8(255)
+        return np.where((rows >= top - 0.5) & (rows <= bottom + 0.5), 255, 0).astype(np.uint8)
 
 
 def spans(outlines: Floats, width: int) -> tuple[Floats, Floats]:

@@ -161,7 +161,7 @@ def _is_textured(glimpses: Glimpses, thick: Mask) -> bool:
 
 def _is_coloured(image: npt.NDArray[np.uint8], thick: Mask) -> bool:
     height, width = thick.shape
-    small = cv2.resize(image, (width, height), interpolation=cv2.INTER_NEAREST)
+    small = np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_NEAREST), np.uint8)
     red, green, blue = cv2.split(small)
     least = cv2.min(cv2.min(red, green), blue)
     return bool((np.asarray(cv2.subtract(grey_of(small), least))[thick > 0] > COLOURED).mean() > MOST_COLOURED)
