@@ -43,7 +43,8 @@ def reach_by_mask(places: Tensor, config: VisionConfig) -> Reach:
     full = partial(_attend, count=1)
     if config.windows is None:
         return Reach(full, full)
-    row, column = (places // config.window_patches).unbind(-1)
+    # No place is negative, and division towards zero is one operator of a graph where floor division is six.
+    row, column = torch.div(places, config.window_patches, rounding_mode="trunc").unbind(-1)
     window = row * MOST_WINDOWS + column  # [n]
     bias = visible_bias(window[:, None] == window[None, :], torch.float32)  # [n, n]
     return Reach(full, partial(_attend, count=1, bias=bias[None, None]))
