@@ -25,7 +25,7 @@ def vision_fields(vision: dict[str, Any], *, windowed: bool) -> dict[str, Any]:
 def vision_tree(config: VisionConfig) -> dict[str, Any]:
     """The vision_config of `config`, as the released checkpoints have it."""
     tree: dict[str, Any] = msgspec.to_builtins(config)
-    windows = tree.pop("windows")
+    windows: dict[str, Any] | None = tree.pop("windows")
     if windows is None:
         return tree | {"hidden_act": ACTIVATION, "model_type": "qwen2_vl"}
     del tree["mlp_ratio"]

@@ -194,8 +194,11 @@ def test_pictures_do_not_see_each_other(model: EchoVLM) -> None:
 def test_gradients_pass_the_windows(model: EchoVLM) -> None:
     student = init_model(model.config, seed=9)
     student.encode_images(random_patches(GRIDS), GRIDS).square().mean().backward()
-    missing = [name for name, parameter in student.visual.named_parameters() if not torch.any(parameter.grad)]
-    # A bias of keys moves every score of a row alike, but only as one third of the bias that has a gradient.
+    missing = [
+        name
+        for name, parameter in student.visual.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
     assert not missing
 
 
