@@ -10,7 +10,7 @@ import msgspec
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.explain import explain
-from sonoedge.export.prune.section import StudentShape as StudentShape
+from sonoedge.export.prune.section import StudentShape as StudentShape  # noqa: PLC0414 (a part of the recipe)
 from sonoedge.export.scheme import CacheScheme, Scheme
 
 VERSION = 1

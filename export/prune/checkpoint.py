@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,12 +19,11 @@ from sonoedge.export.make_checkpoint import BESIDE_WEIGHTS_BYTES
 from sonoedge.export.merging import merge_experts, require_small
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.loading import empty_model, open_checkpoint
-from sonoedge.export.models.shards import TensorHeader
 from sonoedge.export.plan_source import checkpoint_model
 from sonoedge.export.prune.axes import LAYERS, VISION_LAYERS, VOCABULARY
 from sonoedge.export.prune.card import PrunedStudent, write_card
 from sonoedge.export.prune.cutting import cuts
-from sonoedge.export.prune.importance import Importance, Kept, choose, kept_of
+from sonoedge.export.prune.importance import Importance, Kept, choose, kept_of, largest
 from sonoedge.export.prune.measured_scores import measured_importance
 from sonoedge.export.prune.section import StudentShape
 from sonoedge.export.prune.sizes import shape_sizes, student_config
@@ -67,7 +65,9 @@ def prune_checkpoint(checkpoint: Path, recipe: Recipe, corpus: Corpus | None, ou
             kept[VOCABULARY] = torch.tensor(trimmed.kept)
         cut = cuts((key for key, _ in weights), teacher, kept, importance)
         with TemporaryDirectory(dir=folder) as work:
-            merged = _merged(checkpoint, passages, kept, Path(work)) if shape.expert_method == "merge" else {}
+            merged = {}
+            if shape.expert_method == "merge" and _experts(kept):
+                merged = merge_experts(checkpoint, passages, _experts_everywhere(importance, student), Path(work))
             specs = student_specs(student, cut, headers)
             write_student_weights(folder, specs, cut, headers, merged)
         write_student_files(checkpoint, student, trimmed, headers["model.embed_tokens.weight"].dtype, folder)
@@ -127,14 +127,15 @@ def _passages(
     return calibration_passages(corpus, tokenizer, image_spec(checkpoint), recipe.calibration, recipe.limits.context)
 
 
-def _merged(checkpoint: Path, passages: Sequence[Passage], kept: Kept, work: Path) -> dict[str, TensorHeader]:
-    """The down projections of the experts that stay, solved for in every layer, those that go included."""
-    experts = _experts(kept)
-    return merge_experts(checkpoint, passages, experts, work) if experts else {}
-
-
 def _experts(kept: Kept) -> dict[str, tuple[int, ...]]:
     return {axis: tuple(units.tolist()) for axis, units in kept.items() if axis.endswith(".moe.experts")}
+
+
+def _experts_everywhere(importance: Importance, student: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The experts that would stay in every layer of the teacher: merging passes through those that go, too."""
+    assert student.moe is not None
+    axes = (axis for axis in importance.scores if axis.endswith(".moe.experts"))
+    return {axis: tuple(largest(importance.scores[axis], student.moe.num_experts).tolist()) for axis in axes}
 
 
 def _influence(importance: Importance, axis: str) -> tuple[float, ...]:

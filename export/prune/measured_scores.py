@@ -1,4 +1,4 @@
-"""Importance as measured: calibration's frames pass the teacher once, block by block, and every unit's part is noted."""
+"""Importance as measured: calibration's frames pass the teacher once, block by block, and each unit's part is noted."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """Picks the sizes of a student that a recipe leaves open, so that it has so many parameters or fits a device.
 
-All open sizes are cut by one factor, as the ladders of P. Xia et al., "Sheared LLaMA" (arXiv 2310.06694), and the
-published families of Qwen2 do on the whole; then inner widths, the finest sizes, grow back as far as the target allows.
+For each number of heads, all other open sizes are cut by one factor, and inner widths, the finest sizes, grow back as
+far as the target allows; of the students that are nearly the largest, the one whose sizes are cut most alike is taken.
+Cutting every dimension somewhat rather than one of them far follows S. Muralidharan et al. (arXiv 2407.14679).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -24,18 +26,45 @@ STEPS = 256  # fractions of the teacher that are tried
 WIDTH_MULTIPLE = 16  # what the kernels take
 WIDTHS = ("intermediate_size", "expert_size", "shared_expert_size", "vision_mlp_size")
 COUNTS = ("layers", "vision_layers")
+NEARLY = 0.95  # of the largest student's parameters: as good as the largest
 
 Over = Callable[[ModelConfig], str | None]  # what is too large in a student, in words, or None
 
 
 def fill(teacher: ModelConfig, shape: StudentShape, over: Over) -> StudentShape:
-    """`shape` with all sizes named: the largest that `over` finds nothing in.
+    """`shape` with all sizes named: of the largest that `over` finds nothing in, the one cut most evenly.
 
     Raises SonoEdgeError saying what the smallest reachable student takes, and as `student_config` does.
     """
+    asked = [shape]
+    if shape.heads is None and shape.hidden_size is None:
+        choices = [heads for heads in head_choices(teacher) if _divides(teacher, heads, shape.kv_heads)]
+        asked = [msgspec.structs.replace(shape, heads=heads) for heads in choices] or asked
+    message = over(student_config(teacher, _scaled(teacher, asked[0], 1, 1)))
+    if message is not None:
+        raise SonoEdgeError(
+            f"{message}: ask for more, name fewer sizes in [student], or trim the vocabulary with the keys languages "
+            "and vocabulary"
+        )
+    found = [filled for one in asked if (filled := _filled(teacher, one, over)) is not None]
+    sizes = [shape_of(student_config(teacher, one)).parameters for one in found]
+    large = [one for one, size in zip(found, sizes, strict=True) if size >= NEARLY * max(sizes)]
+    return min(large, key=lambda one: _unevenness(teacher, one))
+
+
+def _filled(teacher: ModelConfig, shape: StudentShape, over: Over) -> StudentShape | None:
+    """The largest student whose heads are named; None where the smallest is over."""
     step = _largest_step(lambda step: over(student_config(teacher, _scaled(teacher, shape, step, step))))
+    if not step:
+        return None
     wider = _largest_step(lambda width: over(student_config(teacher, _scaled(teacher, shape, step, max(step, width)))))
     return _scaled(teacher, shape, step, max(step, wider))
+
+
+def _unevenness(teacher: ModelConfig, shape: StudentShape) -> float:
+    whole, sizes = shape_sizes(teacher), shape_sizes(student_config(teacher, shape))
+    shares = [math.log(sizes[key] / whole[key]) for key in (*COUNTS, *WIDTHS, "heads") if key in whole]
+    return max(shares) - min(shares)
 
 
 def over_parameters(most: int) -> Over:
@@ -80,14 +109,8 @@ def over_device(profile: Profile, mode: Mode, use: Use, memory_bytes: int | None
 
 
 def _largest_step(over: Callable[[int], str | None]) -> int:
-    """By halving: a smaller student is never over where a larger one is not."""
-    message = over(1)
-    if message is not None:
-        raise SonoEdgeError(
-            f"{message}: ask for more, name fewer sizes of [student], or trim the vocabulary with student.languages and "
-            "student.vocabulary"
-        )
-    low, high = 1, STEPS + 1
+    """The largest step that is not over, 0 where none is, by halving: smaller ones never are where larger are not."""
+    low, high = 0, STEPS + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if over(middle) is None else (low, middle)
@@ -101,17 +124,10 @@ def _scaled(teacher: ModelConfig, shape: StudentShape, step: int, width_step: in
     for key in (key for key in WIDTHS if key in sizes):
         wide = sizes[key] * width_step // STEPS // WIDTH_MULTIPLE * WIDTH_MULTIPLE
         picked[key] = sizes[key] if width_step == STEPS else min(sizes[key], max(WIDTH_MULTIPLE, wide))
-    if shape.heads is None and shape.hidden_size is None:
-        choices = [
-            heads for heads in head_choices(teacher) if shape.kv_heads is None or _divides(teacher, heads, shape)
-        ]
-        reached = [heads for heads in choices if heads * STEPS <= sizes["heads"] * step]
-        picked["heads"] = reached[-1] if reached else min(choices, default=sizes["heads"])
     open_sizes = {key: size for key, size in picked.items() if getattr(shape, key) is None}
     return msgspec.structs.replace(shape, **open_sizes)
 
 
-def _divides(teacher: ModelConfig, heads: int, shape: StudentShape) -> bool:
-    assert shape.kv_heads is not None
+def _divides(teacher: ModelConfig, heads: int, kv_heads: int | None) -> bool:
     group = teacher.num_attention_heads // teacher.num_key_value_heads
-    return heads % shape.kv_heads == 0 and heads // shape.kv_heads <= group
+    return kv_heads is None or (heads % kv_heads == 0 and heads // kv_heads <= group)

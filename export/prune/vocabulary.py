@@ -24,7 +24,7 @@ from sonoedge.runtime.tokens import Tokenizer
 
 SETTINGS_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.json"
 ROLES = ("system\n", "user\n", "assistant\n", "\n")
-# Inclusive ranges of characters. Common: ASCII without letters, Latin-1 signs, typography, signs of medicine and measure.
+# Inclusive ranges of characters. Common: ASCII without letters, signs of Latin-1, typography, arrows, mathematics.
 COMMON = ((0x00, 0x40), (0x5B, 0x60), (0x7B, 0xBF), (0xD7, 0xD7), (0xF7, 0xF7), (0x2010, 0x203A), (0x2103, 0x2103))
 COMMON += ((0x2190, 0x2193), (0x2200, 0x22FF))
 LETTERS: dict[Language, tuple[tuple[int, int], ...]] = {
@@ -63,7 +63,7 @@ _ID_FIELDS = (
 def trim_vocabulary(
     checkpoint: Path, config: ModelConfig, languages: Sequence[Language], most: int | None, used: Iterable[int] = ()
 ) -> Trimmed:
-    """Trim a checkpoint's vocabulary to `languages`, and to the `most` first tokens of them: BPE learns frequent ones first.
+    """Trim a checkpoint's vocabulary to `languages`, and to their `most` tokens of lowest id, which BPE learnt first.
 
     used: ids that stay beside bytes, control tokens and the words of every prompt. Raises SonoEdgeError when the
     tokenizer is missing or no byte-level BPE, or when what must stay is more than `most`.
@@ -73,8 +73,8 @@ def trim_vocabulary(
     model = tree.get("model", {})
     if model.get("type") != "BPE":
         raise SonoEdgeError(
-            f"{checkpoint / TOKENIZER_FILE} is a {model.get('type')!r} tokenizer and student.languages trims BPE: leave "
-            "the key out"
+            f"{checkpoint / TOKENIZER_FILE} is a {model.get('type')!r} tokenizer and student.languages trims BPE: "
+            "leave the key out"
         )
     vocabulary: dict[str, int] = model["vocab"]
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]

@@ -56,7 +56,7 @@ def write_student_weights(
 def write_student_files(
     checkpoint: Path, student: ModelConfig, trimmed: Trimmed | None, dtype: str, folder: Path
 ) -> None:
-    """Write config.json and what lies beside it: the teacher's files, with the student's token ids where they differ."""
+    """Write config.json and the teacher's files beside it, with the student's token ids where they differ."""
     name = str(torch_dtype(dtype)).removeprefix("torch.")
     tree = config_tree(student) | {"torch_dtype": name, RANDOM_KEY: is_random(checkpoint)}
     (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(tree), indent=2) + b"\n")
