@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import empty_model
 from sonoedge.export.prune.cutting import cuts
@@ -16,8 +13,7 @@ from sonoedge.export.prune.importance import Importance, choose
 from sonoedge.export.prune.section import StudentShape
 from sonoedge.export.prune.sizes import student_config
 from sonoedge.export.prune.target import fill, over_parameters
-from sonoedge.export.prune.weight_scores import weight_importance
-from sonoedge.export.weights import CHUNK_VALUES
+from sonoedge.export.prune.weight_scores import memory_pieces, weight_importance
 
 
 @torch.no_grad()
@@ -33,7 +29,7 @@ def cut_student(teacher: EchoVLM, shape: StudentShape, importance: Importance | 
     student_sizes = student_config(config, shape)
     state = {key: tensor.detach() for key, tensor in teacher.state_dict().items()}
     if importance is None:
-        importance = weight_importance(_InMemory(config, state), student_sizes)
+        importance = weight_importance(config, memory_pieces(state), student_sizes)
     student = empty_model(student_sizes)
     taken = cuts(student.state_dict(), config, choose(importance, config, student_sizes), importance)
     for key, cut in taken.items():
@@ -55,17 +51,3 @@ def _require_in_memory(shape: StudentShape, importance: Importance | None) -> No
             raise SonoEdgeError(
                 f"student.{key} takes the teacher's folder: run `sonoedge prune` first, and distil into what it gives"
             )
-
-
-class _InMemory:
-    """The weights of a model in memory, in the chunks that they are read in from disk."""
-
-    def __init__(self, config: ModelConfig, state: dict[str, Tensor]) -> None:
-        self.config, self._state = config, state
-
-    def chunks(self, key: str) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order, float32, each chunk with the number of its first."""
-        tensor = self._state[key]
-        step = max(1, CHUNK_VALUES * tensor.shape[0] // max(1, tensor.numel()))
-        for first in range(0, tensor.shape[0], step):
-            yield first, tensor[first : first + step].to("cpu", torch.float32)

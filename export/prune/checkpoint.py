@@ -29,11 +29,10 @@ from sonoedge.export.prune.section import StudentShape
 from sonoedge.export.prune.sizes import shape_sizes, student_config
 from sonoedge.export.prune.target import fill, over_device, over_parameters
 from sonoedge.export.prune.vocabulary import trim_vocabulary
-from sonoedge.export.prune.weight_scores import weight_importance
+from sonoedge.export.prune.weight_scores import disk_pieces, weight_importance
 from sonoedge.export.prune.writing import student_specs, write_student_files, write_student_weights
 from sonoedge.export.recipe import Recipe
 from sonoedge.export.streamed_model import Passage
-from sonoedge.export.weights import Weights
 
 
 def prune_checkpoint(checkpoint: Path, recipe: Recipe, corpus: Corpus | None, out: Path) -> PrunedStudent:
@@ -58,7 +57,7 @@ def prune_checkpoint(checkpoint: Path, recipe: Recipe, corpus: Corpus | None, ou
         importance = (
             measured_importance(checkpoint, [msgspec.structs.replace(one) for one in passages])
             if shape.importance == "measured"
-            else weight_importance(Weights(checkpoint), student)
+            else weight_importance(teacher, disk_pieces(headers), student)
         )
         kept = choose(importance, teacher, student)
         if trimmed is not None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Cut(msgspec.Struct, frozen=True):
             begin, end = torch.searchsorted(self.rows, torch.tensor([first, first + chunk.shape[0]])).tolist()
             part = part.index_select(0, self.rows[begin:end] - first)
         if self.columns is not None:
-            part = part.index_select(1, self.columns)
+            part = _columns(part, self.columns)
         if self.factor is not None:
             part = (part.float() * self.factor).to(chunk.dtype)
         return part.clone() if part is chunk else part
@@ -50,6 +51,12 @@ def cuts(keys: Iterable[str], teacher: ModelConfig, kept: Kept, importance: Impo
         factor = norm_factor(importance, kept, source) if HIDDEN in kept and is_norm(source) else None
         found[key] = Cut(source, merged, rows, columns, factor)
     return found
+
+
+def _columns(matrix: Tensor, picked: Tensor) -> Tensor:
+    """Some columns of a matrix; NumPy gathers them four times as fast as torch, and knows no bfloat16."""
+    bits = matrix.view(torch.uint16) if matrix.dtype is torch.bfloat16 else matrix
+    return torch.from_numpy(np.take(bits.numpy(), picked.numpy(), axis=1)).view(matrix.dtype)
 
 
 def _renumbered(pattern: re.Pattern[str], key: str, kept: Kept) -> str:

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from sonoedge.export.models.config import ModelConfig
+from sonoedge.export.models.shards import TensorHeader, row_chunks
 from sonoedge.export.prune.axes import HIDDEN, LAYERS, VISION_LAYERS
 from sonoedge.export.prune.importance import Importance, cut_axes, depth, kept_of
+from sonoedge.export.side_by_side import THREADS, in_order, one_torch_thread
 from sonoedge.progress import track
 
-
-class Readable(Protocol):
-    """Weights that are read a few rows at a time."""
-
-    config: ModelConfig
-
-    def chunks(self, key: str) -> Iterator[tuple[int, Tensor]]:
-        """All rows of a weight in order, float32, each chunk with the number of its first row."""
-        ...
+# The rows of a weight in order, a few at a time, in the type that they are kept in.
+Pieces = Callable[[str], Iterator[Tensor]]
+CHUNK_VALUES = 2**18  # 1 MiB as float32, which stays in a core's cache
 
 
-def weight_importance(weights: Readable, student: ModelConfig) -> Importance:
+def disk_pieces(headers: Mapping[str, TensorHeader]) -> Pieces:
+    """Weights read from a checkpoint's files."""
+    return lambda key: (chunk for _, chunk in row_chunks(headers[key], key, CHUNK_VALUES))
+
+
+def memory_pieces(state: Mapping[str, Tensor]) -> Pieces:
+    """Weights of a model in memory, in the chunks that they are read in from disk."""
+
+    def pieces(key: str) -> Iterator[Tensor]:
+        tensor = state[key]
+        step = max(1, CHUNK_VALUES * tensor.shape[0] // max(1, tensor.numel()))
+        for first in range(0, tensor.shape[0], step):
+            yield tensor[first : first + step].cpu()
+
+    return pieces
+
+
+@torch.no_grad()
+def weight_importance(teacher: ModelConfig, pieces: Pieces, student: ModelConfig) -> Importance:
     """Scores of every axis that is cut for `student`: the size of what a unit writes times that of what makes it."""
-    teacher = weights.config
     depths = depth(None, teacher, student)
     axes = list(cut_axes(teacher, student, depths))
     scores: dict[str, Tensor] = {}
-    squares = _Squares(weights)
-    with track("weigh the teacher's units", len(axes)) as advance:
+    with (
+        one_torch_thread(),
+        ThreadPoolExecutor(THREADS, "weigh") as pool,
+        track("weigh the teacher's units", len(axes)) as advance,
+    ):
+        squares = _Squares(pieces, pool)
         for axis in axes:
             if axis.endswith(".self_attn.heads"):
                 scores[axis] = _head_scores(squares, axis.removesuffix(".heads"), teacher)
@@ -48,8 +65,8 @@ def weight_importance(weights: Readable, student: ModelConfig) -> Importance:
 class _Squares:
     """Sums of squares of weights along their rows and columns; what one reading gives is kept for the others."""
 
-    def __init__(self, weights: Readable) -> None:
-        self._weights = weights
+    def __init__(self, pieces: Pieces, pool: ThreadPoolExecutor) -> None:
+        self._pieces, self._pool = pieces, pool
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
 
     def rows(self, key: str) -> Tensor:
@@ -69,15 +86,15 @@ class _Squares:
 
     def _read(self, key: str) -> tuple[Tensor, Tensor]:
         if key not in self._known:
-            rows, columns = [], None
-            for _, chunk in self._weights.chunks(key):
-                matrix = chunk if chunk.dim() > 1 else chunk.unsqueeze(1)
-                rows.append(torch.linalg.vector_norm(matrix, dim=1).double().square())
-                part = torch.linalg.vector_norm(matrix, dim=0).double().square()
-                columns = part if columns is None else columns + part
-            assert columns is not None  # no weight is empty
-            self._known[key] = torch.cat(rows), columns
+            rows, columns = zip(*in_order(_square_sums, self._pieces(key), self._pool), strict=True)
+            self._known[key] = torch.cat(rows), torch.stack(columns).sum(0)
         return self._known[key]
+
+
+def _square_sums(chunk: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of squares along the rows and the columns of some rows, float64."""
+    squares = (chunk if chunk.dim() > 1 else chunk.unsqueeze(1)).float().square()
+    return squares.sum(1).double(), squares.sum(0).double()
 
 
 def _head_scores(squares: _Squares, attention: str, teacher: ModelConfig) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -18,9 +19,10 @@ from sonoedge.export.pinning import BESIDE, torch_dtype
 from sonoedge.export.prune.cutting import Cut
 from sonoedge.export.prune.vocabulary import Trimmed
 from sonoedge.export.safetensors_writer import TensorSpec, write_weights
+from sonoedge.export.side_by_side import THREADS, in_order, one_torch_thread
 from sonoedge.progress import track
 
-CHUNK_VALUES = 2**23  # 16 MiB as bfloat16
+CHUNK_VALUES = 2**21  # 4 MiB as bfloat16
 
 
 def student_specs(
@@ -39,14 +41,18 @@ def write_student_weights(
     merged: Mapping[str, TensorHeader],
 ) -> None:
     """Write the weights `specs` of a student; merged: weights that merging made, by its own keys."""
-    with track("write the student", sum(spec.bytes for spec in specs)) as advance:
+    with (
+        one_torch_thread(),
+        ThreadPoolExecutor(THREADS, "cut") as pool,
+        track("write the student", sum(spec.bytes for spec in specs)) as advance,
+    ):
 
         def content(spec: TensorSpec) -> Iterator[memoryview]:
             one = cut[spec.name]
             key = one.merged if one.merged in merged else one.source
             header = merged[key] if key in merged else headers[key]
-            for first, chunk in row_chunks(header, key, CHUNK_VALUES):
-                taken = one.taken(first, chunk)
+            chunks = row_chunks(header, key, CHUNK_VALUES)
+            for taken in in_order(lambda item: one.taken(*item), chunks, pool):
                 yield taken.contiguous().flatten().view(torch.uint8).numpy().data
                 advance(taken.nbytes)
 

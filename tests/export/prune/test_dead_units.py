@@ -13,16 +13,16 @@ from torch import Tensor
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
+from sonoedge.export.models.shards import read_headers
 from sonoedge.export.prune.axes import HIDDEN
 from sonoedge.export.prune.cutting import cuts
 from sonoedge.export.prune.importance import Importance, choose
 from sonoedge.export.prune.measured_scores import measured_importance
 from sonoedge.export.prune.section import StudentShape
 from sonoedge.export.prune.sizes import student_config
-from sonoedge.export.prune.weight_scores import weight_importance
+from sonoedge.export.prune.weight_scores import disk_pieces, weight_importance
 from sonoedge.export.streamed_model import Passage
 from sonoedge.export.student import cut_student
-from sonoedge.export.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Outputs = Callable[..., Tensor]
@@ -54,7 +54,9 @@ def importance_of(teacher: EchoVLM, shape: StudentShape, folder: Path, passages:
     """As measured on `passages`, or by weights (None), read from disk."""
     save_checkpoint(teacher, folder)
     if passages is None:
-        return weight_importance(Weights(folder), student_config(teacher.config, shape))
+        return weight_importance(
+            teacher.config, disk_pieces(read_headers(folder)), student_config(teacher.config, shape)
+        )
     return measured_importance(folder, passages)
 
 
