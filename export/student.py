@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import msgspec
 import torch
 from torch import nn
 
 from sonoedge.errors import SonoEdgeError
+from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import empty_model
+from sonoedge.export.prune.axes import VOCABULARY, along
 from sonoedge.export.prune.cutting import cuts
 from sonoedge.export.prune.importance import Importance, choose
 from sonoedge.export.prune.section import StudentShape
 from sonoedge.export.prune.sizes import student_config
 from sonoedge.export.prune.target import fill, over_parameters
+from sonoedge.export.prune.vocabulary import TOKEN_ID_FIELDS
 from sonoedge.export.prune.weight_scores import memory_pieces, weight_importance
 
 
@@ -37,6 +43,25 @@ def cut_student(teacher: EchoVLM, shape: StudentShape, importance: Importance | 
         weight = nn.Parameter(cut.taken(0, state[cut.source].cpu()))
         student.get_submodule(owner).register_parameter(name, weight)
     return student.train(teacher.training)
+
+
+@torch.no_grad()
+def with_vocabulary(teacher: EchoVLM, student: ModelConfig, token_ids: Sequence[int]) -> EchoVLM:
+    """The teacher speaking a pruned student's vocabulary, so that logits of both are of the same tokens.
+
+    token_ids: the teacher's id of each token of the student, as `token_ids.json` beside the student says. All other
+    weights are shared with `teacher`.
+    """
+    kept = torch.tensor(token_ids, dtype=torch.int64)
+    names = ("vocab_size", *TOKEN_ID_FIELDS)
+    config = msgspec.structs.replace(teacher.config, **{name: getattr(student, name) for name in names})
+    spoken = empty_model(config)
+    for key, weight in teacher.state_dict(keep_vars=True).items():
+        owner, _, name = key.rpartition(".")
+        axis = along(key, config.head_dim).rows
+        same = weight if axis != VOCABULARY else nn.Parameter(weight[kept.to(weight.device)])
+        spoken.get_submodule(owner).register_parameter(name, same)
+    return spoken.train(teacher.training)
 
 
 def _require_in_memory(shape: StudentShape, importance: Importance | None) -> None:

@@ -25,12 +25,25 @@ from sonoedge.runtime.tokens import Tokenizer
 SETTINGS_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.json"
 ROLES = ("system\n", "user\n", "assistant\n", "\n")
 # Inclusive ranges of characters. Common: ASCII without letters, signs of Latin-1, typography, arrows, mathematics.
-COMMON = ((0x00, 0x40), (0x5B, 0x60), (0x7B, 0xBF), (0xD7, 0xD7), (0xF7, 0xF7), (0x2010, 0x203A), (0x2103, 0x2103))
-COMMON += ((0x2190, 0x2193), (0x2200, 0x22FF))
+COMMON: tuple[tuple[int, int], ...] = (
+    (0x00, 0x40), (0x5B, 0x60), (0x7B, 0xBF), (0xD7, 0xD7), (0xF7, 0xF7), (0x2010, 0x203A), (0x2103, 0x2103),
+    (0x2190, 0x2193), (0x2200, 0x22FF),
+)  # fmt: skip
 LETTERS: dict[Language, tuple[tuple[int, int], ...]] = {
     "en": ((0x41, 0x5A), (0x61, 0x7A)),
     "zh": ((0x3000, 0x303F), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0xFF00, 0xFFEF), (0x2460, 0x2473)),
 }
+
+
+TOKEN_ID_FIELDS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "eos_token_ids",
+)
 
 
 class Trimmed(msgspec.Struct, frozen=True):
@@ -45,19 +58,8 @@ class Trimmed(msgspec.Struct, frozen=True):
 
     def config(self, teacher: ModelConfig) -> ModelConfig:
         """The teacher's config with the student's ids and vocabulary size."""
-        named = {name: _mapped(getattr(teacher, name), self.new_id) for name in _ID_FIELDS}
+        named = {name: _mapped(getattr(teacher, name), self.new_id) for name in TOKEN_ID_FIELDS}
         return msgspec.structs.replace(teacher, vocab_size=len(self.kept), **named)
-
-
-_ID_FIELDS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "bos_token_id",
-    "pad_token_id",
-    "eos_token_ids",
-)
 
 
 def trim_vocabulary(
@@ -152,7 +154,7 @@ def _rewritten(
 
 def _named_ids(config: ModelConfig, checkpoint: Path) -> set[int]:
     """The ids that config.json and generation_config.json name."""
-    values = [getattr(config, name) for name in _ID_FIELDS]
+    values = [getattr(config, name) for name in TOKEN_ID_FIELDS]
     if (checkpoint / GENERATION_FILE).is_file():
         generation = _read(checkpoint / GENERATION_FILE)
         values += [generation[key] for key in filter(_is_id, generation)]

@@ -38,7 +38,7 @@ from sonoedge.export.prune.section import StudentShape
 from sonoedge.export.prune.sizes import head_choices
 from sonoedge.export.recipe import Recipe, load_recipe
 from sonoedge.export.safetensors_writer import TensorSpec, write_weights
-from sonoedge.export.student import cut_student
+from sonoedge.export.student import cut_student, with_vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Outputs = Callable[..., Tensor]
@@ -231,6 +231,10 @@ def test_logits_of_tokens_that_stay_are_equal(
     ids = torch.tensor([[9, 40, *[image] * 4, 77, 3]])
     before = outputs(teacher, torch.tensor(kept)[ids])
     assert farthest(outputs(student, ids), before[:, kept]) < 1e-5
+    spoken = with_vocabulary(teacher, student.config, kept)
+    assert (spoken.config, spoken.config.vocab_size) == (student.config, len(kept))
+    assert farthest(outputs(spoken, ids), before[:, kept]) < 1e-5
+    assert spoken.visual.merger.get_parameter("mlp.2.weight") is teacher.visual.merger.get_parameter("mlp.2.weight")
 
 
 def test_merged_experts_lose_less_than_dropped_ones(
