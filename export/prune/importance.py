@@ -18,6 +18,7 @@ from torch import Tensor
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.prune.axes import HIDDEN, LAYERS, VISION_LAYERS, inner_axes
 
+ROUNDING = 1e-6  # of a cosine: what a layer that changes nothing seems to change
 Kept = Mapping[str, Tensor]  # int64 indices in order, by axis; an axis that is not there stays whole
 
 
@@ -59,7 +60,7 @@ def depth(importance: Importance | None, teacher: ModelConfig, student: ModelCon
     ):
         if count < whole:
             known = None if importance is None else importance.scores.get(axis)
-            kept[axis] = torch.tensor(spread(whole, count)) if known is None else largest(known, count)
+            kept[axis] = torch.tensor(spread(whole, count)) if known is None else largest(_last_first(known), count)
     return kept
 
 
@@ -106,6 +107,17 @@ def norm_factor(importance: Importance, kept: Kept, norm: str) -> float:
     whole = float(energy.sum())
     share = float(energy[channels].sum()) / whole if whole else 1.0
     return math.sqrt(len(energy) / len(channels) * share)
+
+
+def _last_first(influence: Tensor) -> Tensor:
+    """Influence by which the last layer, if it does anything, goes last: nothing after it could stand in for it.
+
+    Source: A. Gromov et al., "The unreasonable ineffectiveness of the deeper layers" (arXiv 2403.17887).
+    """
+    above = influence.clone()
+    if above[-1] > ROUNDING:
+        above[-1] = torch.inf
+    return above
 
 
 def kept_of(kept: Kept, axis: str, whole: int) -> list[int]:
