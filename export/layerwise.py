@@ -38,12 +38,22 @@ def calibrate(
     Raises SonoEdgeError when the corpus holds fewer frames, naming the product whose activations are not finite, and,
     as soon as its layer is done, naming an expert that saw too few tokens.
     """
+    passages = calibration_passages(corpus, tokenizer, spec, settings, context)
+    weights = Weights(checkpoint)
+    calibration = BlockCalibration(weights, settings)
+    stream(weights, passages, calibration.through, "calibrate")
+    return Calibrated(calibration.table, calibration.smoothing)
+
+
+def calibration_passages(
+    corpus: Corpus, tokenizer: Tokenizer, spec: ImageSpec, settings: Calibration, context: int
+) -> list[Passage]:
+    """The samples that calibration runs on, each with its questions and answers; SonoEdgeError for too few."""
     if len(corpus) < settings.frames:
         raise SonoEdgeError(
             f"calibration.frames = {settings.frames} and the data holds {len(corpus)}: give more data, or ask for "
             "fewer frames"
         )
-    weights = Weights(checkpoint)
     batches = Batches(corpus, tokenizer, spec, size=1, seed=0, context=context)
     passages = []
     for index in range(settings.frames):
@@ -51,9 +61,7 @@ def calibrate(
         sample = corpus.sample(index * len(corpus) // settings.frames, np.random.default_rng(index))
         batch = batches.collate(tuple(image.grid for image in sample.images), [sample])
         passages.append(passage(batch, sample.region))
-    calibration = BlockCalibration(weights, settings)
-    stream(weights, passages, calibration.through, "calibrate")
-    return Calibrated(calibration.table, calibration.smoothing)
+    return passages
 
 
 @torch.no_grad()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from sonoedge.errors import DISK_FULL, SonoEdgeError
+from sonoedge.errors import SonoEdgeError
 from sonoedge.export.byte_tokenizer import write_byte_tokenizer
 from sonoedge.export.checkpoint_files import RANDOM_KEY
+from sonoedge.export.finished_folder import complete_or_absent
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.config_json import read_config
 from sonoedge.export.models.loading import empty_model
@@ -71,7 +69,7 @@ def make_random_checkpoint(config: ModelConfig, out: Path, *, seed: int = 0, dty
         TensorSpec(name, dtype.upper(), tuple(meta.shape)) for name, meta in empty_model(config).state_dict().items()
     ]
     size = sum(tensor.bytes for tensor in tensors)
-    with _complete_or_absent(out, size + BESIDE_WEIGHTS_BYTES) as partial:
+    with complete_or_absent(out, size + BESIDE_WEIGHTS_BYTES) as partial:
         write_byte_tokenizer(config, partial)
         write_config_files(config, partial, DTYPES[dtype.upper()], None, {RANDOM_KEY: True}, {})
         weights = RandomWeights(seed)
@@ -85,31 +83,3 @@ def make_random_checkpoint(config: ModelConfig, out: Path, *, seed: int = 0, dty
             files = write_weights(partial, tensors, content)
     parameters = sum(tensor.values for tensor in tensors)
     return Made(str(out), parameters, size, files, round(time.monotonic() - began, 1))
-
-
-@contextmanager
-def _complete_or_absent(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends well, and is removed otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SonoEdgeError(f"{out} exists and is not an empty folder: remove it, or choose another --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(out.parent).free
-        if free_bytes < needed_bytes:
-            raise SonoEdgeError(
-                f"{out} needs {needed_bytes / 1e9:.1f} GB and its disk has {free_bytes / 1e9:.1f} GB free: "
-                "free space, or choose another --out"
-            )
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise SonoEdgeError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
-        partial.rename(out)
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise SonoEdgeError(f"{out}: the disk is full: free space, or choose another --out") from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

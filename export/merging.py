@@ -30,14 +30,16 @@ RIDGE = 1e-2  # of the mean square of a column; 1e-4 to 1e-1 give the same answe
 MOST_COLUMNS = 8192  # of the experts that stay, side by side: what is solved for takes their square in float64
 
 
-def require_small(config: ModelConfig, experts: int) -> None:
-    """Raise SonoEdgeError when so many `experts` are too wide to be solved for at once."""
+def require_small(
+    config: ModelConfig, experts: int, *, said: str = "preset.method = 'merge'", instead: str = "method = 'pin'"
+) -> None:
+    """Raise SonoEdgeError when so many `experts` are too wide to be solved for at once; `said` is the recipe's key."""
     assert config.moe is not None  # refused before
     columns = experts * config.moe.moe_intermediate_size
     if columns > MOST_COLUMNS:
         raise SonoEdgeError(
-            f"preset.method = 'merge' solves for {experts} experts of {config.moe.moe_intermediate_size} columns at "
-            f"once, {columns} and at most {MOST_COLUMNS}: use method = 'pin', or keep fewer experts"
+            f"{said} solves for {experts} experts of {config.moe.moe_intermediate_size} columns at "
+            f"once, {columns} and at most {MOST_COLUMNS}: use {instead}, or keep fewer experts"
         )
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.explain import explain
+from sonoedge.export.prune.section import StudentShape as StudentShape  # noqa: PLC0414 (a part of the recipe)
 from sonoedge.export.scheme import CacheScheme, Scheme
 
 VERSION = 1
@@ -21,17 +22,6 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Weight = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
-
-
-class StudentShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Sizes of the student; what is not named stays as in the teacher."""
-
-    vision_layers: Count
-    vision_mlp_size: Count
-    layers: Count
-    intermediate_size: Count
-    expert_size: Count
-    shared_expert_size: Count
 
 
 class Distillation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

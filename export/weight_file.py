@@ -26,6 +26,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.layout import Layout, Stored, Unit
 from sonoedge.export.models.shards import TensorHeader, row_chunks
 from sonoedge.export.scheme import quantize_weight
+from sonoedge.export.side_by_side import one_torch_thread
 from sonoedge.progress import track
 
 CHUNK_VALUES = 2**21  # 8 MiB as float32: small enough for the caches, large enough that Python costs nothing
@@ -70,7 +71,7 @@ def write_weights(
     with (
         path.open("r+b") as file,
         journal.open("ab") as notes,
-        _one_torch_thread(),
+        one_torch_thread(),
         ThreadPoolExecutor(THREADS, "quantize") as pool,
         track("quantize weights", layout.weight_bytes()) as advance,
     ):
@@ -139,17 +140,6 @@ def _ready(key: str, first: int, values: Tensor, unit: Unit, smoothing: Smoothin
         return quantize_weight(rows, unit.block)
     except SonoEdgeError as error:
         raise SonoEdgeError(f"{key}: {error}") from error
-
-
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Chunks are what runs side by side: threads inside a chunk would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _digest(file: BinaryIO, unit: Unit) -> str:

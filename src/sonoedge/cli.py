@@ -128,6 +128,20 @@ def distill(
 
 
 @app.command()
+def prune(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder for the student checkpoint.")],
+    recipe: Recipe = None,
+    data: Annotated[str | None, typer.Option(help="What importance is measured on, as for `build`.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a smaller student out of a checkpoint of any size, without training it."""
+    from sonoedge.export.prune import verb
+
+    verb.run(checkpoint, recipe, data, out, as_json=as_json)
+
+
+@app.command()
 def make_checkpoint(
     config: Annotated[str, typer.Option(help="Packaged config such as echovlm-7b, or the path of a config.json.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
