@@ -20,7 +20,7 @@ from sonoedge.runtime.prompt import HINT_LANGUAGE
 from sonoedge.runtime.sessions.base import Session
 from sonoedge.runtime.tokens import Tokenizer
 
-MAX_TOKENS = 256  # of an answer
+MAX_TOKENS = 512  # of an answer
 
 
 class Said(msgspec.Struct, frozen=True):

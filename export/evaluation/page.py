@@ -7,7 +7,7 @@ from html import escape
 
 from sonoedge.export.evaluation.cases import Cases
 from sonoedge.export.evaluation.result import Answer, Confusion, Evaluation, Score
-from sonoedge.export.evaluation.tables import Section, label, sections, significance, words
+from sonoedge.export.evaluation.tables import ON_TERMINAL, Section, label, sections, significance, words
 from sonoedge.export.fidelity.markup import Html, Part, table
 from sonoedge.export.fidelity.page import document, inline_picture
 
@@ -69,7 +69,11 @@ def _section(section: Section, names: Sequence[str]) -> Html:
                 if score.measure == measure
             ]
         filled = [row + [""] * (len(wide) - len(row)) for row in rows]
-        drawn = Html(f"{drawn}<h3>{escape(DIMENSIONS[group])}</h3>{table(wide, filled)}")
+        title, listed = escape(DIMENSIONS[group]), table(wide, filled)
+        if group in ON_TERMINAL:
+            drawn = Html(f"{drawn}<h3>{title}</h3>{listed}")
+        else:
+            drawn = Html(f"{drawn}<details><summary>{title}</summary>{listed}</details>")
     return Html(f'<h2>{escape(section.title)}</h2><p class="muted">{counted}</p>{drawn}')
 
 
@@ -119,7 +123,8 @@ def _footing(evaluation: Evaluation) -> Html:
     how = evaluation.resampling
     definitions = {**evaluation.definitions, **{f"tokens, {k}": v for k, v in evaluation.tokenization.items()}}
     definitions["intervals"] = (
-        f"{how.interval}; {how.resamples:,} resamples, seed {how.seed}, unit: {how.unit}, level {how.level:.0%}"
+        f"{how.interval}; {how.resamples:,} resamples, seed {how.seed}, unit: {how.unit}, level {how.level:.0%}; none "
+        f"for fewer than {how.fewest_cases} cases"
     )
     definitions["by chance"] = f"{how.p_value}; {how.permutations:,} permutations"
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(told)}</dd>" for name, told in definitions.items())

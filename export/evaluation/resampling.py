@@ -21,10 +21,11 @@ SEED = 20_250_918
 RESAMPLES = 1_000
 PERMUTATIONS = 2_000
 LEVEL = 0.95
+FEWEST_CASES = 8  # of fewer, resamples know too little: no bounds are given
 
 
 class Interval(msgspec.Struct, frozen=True):
-    """A score with the bounds that 95 % of resamples keep; None where one case alone says nothing of others."""
+    """A score with the bounds that 95 % of resamples keep; None where there are too few cases to tell."""
 
     value: float
     low: float | None
@@ -59,7 +60,7 @@ class Resampler:
     def interval(self, measure: Measure, scores: Floats) -> Interval:
         """The measure with its percentile interval; `scores` are those of the resamples."""
         value = measure.score(measure.rows.sum(axis=0))
-        if self.cases < 2:
+        if self.cases < FEWEST_CASES:
             return Interval(value, None, None)
         low, high = _bounds(scores)
         if measure.share and value in (0.0, 100.0):  # resamples of equal answers are equal: the binomial knows better
@@ -70,7 +71,7 @@ class Resampler:
     def difference(self, first: Measure, second: Measure, scores: tuple[Floats, Floats]) -> Interval:
         """Second less first with the percentile interval of paired resamples."""
         value = second.score(second.rows.sum(axis=0)) - first.score(first.rows.sum(axis=0))
-        if self.cases < 2:
+        if self.cases < FEWEST_CASES:
             return Interval(value, None, None)
         return Interval(value, *_bounds(scores[1] - scores[0]))
 

@@ -7,7 +7,7 @@ import msgspec
 from sonoedge.calibration.check_data import DataCheck
 from sonoedge.calibration.questions import Task
 from sonoedge.export.evaluation.measures import DEFINITIONS
-from sonoedge.export.evaluation.resampling import LEVEL, PERMUTATIONS, RESAMPLES, SEED, Interval, McNemar
+from sonoedge.export.evaluation.resampling import FEWEST_CASES, LEVEL, PERMUTATIONS, RESAMPLES, SEED, Interval, McNemar
 from sonoedge.export.fidelity.text_scores import TOKENIZATION
 
 ALL = "all"  # the group that holds every question
@@ -73,6 +73,7 @@ class Resampling(msgspec.Struct, frozen=True):
     level: float = LEVEL
     resamples: int = RESAMPLES
     permutations: int = PERMUTATIONS
+    fewest_cases: int = FEWEST_CASES  # for bounds
     interval: str = "percentile bootstrap; where all answers are right, or none is, the exact binomial bound"
     p_value: str = "approximate randomisation, two-sided; McNemar exact takes questions as independent"
 
