@@ -16,7 +16,7 @@ CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 
 _OPTION = re.compile(r"(?:^|(?<=[\s(（，,。；;？?：:]))([A-J])\s*[.．、:：)）]\s*")
 _ANSWER = re.compile(
-    r"\s*(?:答案|答|answer)?[:：\s]*[(（]?([A-J])(?:\s*([.．、:：)）]+)\s*|\s*$)(.*)", re.DOTALL | re.IGNORECASE
+    r"\s*(?:答案|答|answer)?[:：\s]*[(（]?([A-J])(?:\s*([.．、。:：)）]+)\s*|\s*$)(.*)", re.DOTALL | re.IGNORECASE
 )
 _JUDGEMENTS = (("True", "False"), ("Yes", "No"), ("正确", "错误"), ("对", "错"), ("是", "否"))
 _MISSPELT = {"ture": "true"}  # as EchoVLM's own question templates have it
@@ -77,7 +77,7 @@ def options(question: str) -> dict[str, str]:
     for letter, match, after in zip(LETTERS, found[start:], [*found[start + 1 :], None], strict=False):
         if match[1] != letter:
             return {}
-        listed[letter] = question[match.end() : after.start() if after else None].strip(" \n\t;；,，。")
+        listed[letter] = question[match.end() : after.start() if after else None].strip(" \n\t;；,，。(（")
     return listed if len(listed) > 1 else {}
 
 
