@@ -88,16 +88,12 @@ def read_conversations(path: Path | str) -> tuple[Conversation, ...]:
     missing: list[str] = []
     for index, raw in enumerate(entries):
         entry = raw.conversation(source.parent)
-        wrong = fault(entry)
-        if wrong is not None:
-            raise SonoEdgeError(f"conversations {source} entry {index} (id {entry.id!r}): {wrong}")
+        check_entry(entry, f"{source} entry {index} (id {entry.id!r})")
         missing += [image for image in entry.image if not Path(image).is_file()]
         resolved.append(entry)
     if missing:
-        names = list(dict.fromkeys(missing))
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         raise SonoEdgeError(
-            f"conversations {source} name images that do not exist: {', '.join(names[:10])}{more}; add or remove them"
+            f"conversations {source} name images that do not exist: {listed_images(missing)}; add or remove them"
         )
     return tuple(resolved)
 
@@ -171,13 +167,27 @@ def _conversation(made: Phantom, image: str, language: str) -> Conversation:
     )
 
 
+def listed_images(paths: Sequence[str]) -> str:
+    """The first of some paths, and how many more there are."""
+    names = list(dict.fromkeys(paths))
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{', '.join(names[:10])}{more}"
+
+
+def check_entry(entry: Conversation, where: str) -> None:
+    """Raise SonoEdgeError, naming the entry as `where`, for turns out of order and marks that match no images."""
+    wrong = fault(entry)
+    if wrong is not None:
+        raise SonoEdgeError(f"conversations {where}: {wrong}")
+
+
 def fault(entry: Conversation) -> str | None:
     """What is wrong with the turns of an entry or their image marks, and the way out; None where nothing is."""
     roles = [turn.role for turn in entry.conversations]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if not spoken or spoken != ["human", "gpt"] * (len(spoken) // 2):
-        spoken = roles or ["nowhere"]
-        return f"key 'from' goes {', '.join(spoken)}; write an optional system turn, then human and gpt in turn"
+        order = ", ".join(roles) or "nowhere"
+        return f"key 'from' goes {order}; write an optional system turn, then human and gpt in turn"
     marks = _marks(entry)
     if marks != len(entry.image):
         return (

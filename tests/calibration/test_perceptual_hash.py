@@ -16,7 +16,7 @@ BUSI = Path(__file__).resolve().parents[2].parent / "shared/data/busi/images"
 
 
 def as_picture(values: npt.NDArray[np.generic]) -> Picture:
-    return np.clip(values, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.asarray(values, np.float64), 0, 255), np.uint8)
 
 
 def jpeg(picture: Picture) -> Picture:
