@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -40,7 +41,10 @@ def install(folder: Path) -> Path:
     venv.create(folder, symlinks=True, with_pip=False)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--quiet", "--quiet"]
-    what = ["--no-compile", "-c", str(ROOT / "constraints.txt"), f"{ROOT}[cpu]"]
+    checkout = folder / "checkout"  # a copy, so that building leaves nothing in the real one
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "demo_out", "node_modules", "__pycache__")
+    shutil.copytree(ROOT, checkout, symlinks=True, ignore=unwanted)
+    what = ["--no-compile", "-c", str(ROOT / "constraints.txt"), f"{checkout}[cpu]"]
     subprocess.run([*pip, "install", *what], check=True, stdout=sys.stderr)
     return python
 

@@ -16,6 +16,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.preprocess import crop_to_sector
 from sonoedge.runtime.sources.dicom import DicomSource
+from sonoedge.runtime.sources.pace import Pace
 from sonoedge.runtime.sources.pictures import read_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -115,17 +116,17 @@ def _clip_length(path: Path) -> int:
 
 def _read_clip(path: Path, length: int) -> tuple[Picture, ...]:
     """The evenly spaced frames of a clip of `length` that are used, cropped to its ultrasound region."""
-    source = DicomSource(path, once=True, fps=None)
+    source = DicomSource(path, Pace(once=True))
     count = min(CLIP_FRAMES, length)
     wanted = {(2 * taken + 1) * length // (2 * count) for taken in range(count)}
     pictures = tuple(
         crop_to_sector(Frame(picture, number, 0, source.spacing_mm, source.name, source.sector))
         for number, picture in enumerate(source.pictures())
-        if number in wanted
+        if number in wanted and picture is not None
     )
     if len(pictures) != count:
         raise SonoEdgeError(
-            f"{path} says it has {length} frames and holds fewer: export the clip from the scanner again"
+            f"{path} says it has {length} frames and fewer can be read: export the clip from the scanner again"
         )
     return pictures
 

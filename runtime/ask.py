@@ -1,7 +1,7 @@
-"""The verb `ask`: put one question to a running server and show the answer as it comes."""
+"""The verbs `ask` and `report`: put one question to a running server and show the answer as it comes."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from rich.console import Console
@@ -23,18 +23,35 @@ def run(
 ) -> None:
     """Print the answer; raises SonoEdgeError when the server refuses or is silent for `timeout_s`."""
     with Client(endpoint, timeout_s=timeout_s, keys=keys) as client:
-        for reply in client.ask(question, language=language, choices=choices, frames=frames):
-            if isinstance(reply, Token):
-                if not as_json:
-                    sys.stdout.write(reply.text)
-                    sys.stdout.flush()
-            elif as_json:
-                sys.stdout.write(msgspec.json.encode(reply).decode() + "\n")
-            else:
-                _end(reply)
-                about = f"frame {reply.frame}, {reply.tokens} tokens in {reply.ms:.0f} ms, model {reply.model[:12]}"
-                ended = "" if reply.finish == "stop" else f", cut short: {reply.finish}"
-                Console(stderr=True, highlight=False).print(f"[dim]{about}{ended}. {reply.intended_use}[/]")
+        _show(client.ask(question, language=language, choices=choices, frames=frames), as_json)
+
+
+def run_report(
+    endpoint: str,
+    language: Language,
+    timeout_s: float | None,
+    as_json: bool,
+    keys: ClientKeys | None = None,
+    frames: Sequence[str] = (),
+) -> None:
+    """Print a report; raises as `run` does."""
+    with Client(endpoint, timeout_s=timeout_s, keys=keys) as client:
+        _show(client.report(language, frames=frames), as_json)
+
+
+def _show(replies: Iterable[Token | Answer], as_json: bool) -> None:
+    for reply in replies:
+        if isinstance(reply, Token):
+            if not as_json:
+                sys.stdout.write(reply.text)
+                sys.stdout.flush()
+        elif as_json:
+            sys.stdout.write(msgspec.json.encode(reply).decode() + "\n")
+        else:
+            _end(reply)
+            about = f"frame {reply.frame}, {reply.tokens} tokens in {reply.ms:.0f} ms, model {reply.model[:12]}"
+            ended = "" if reply.finish == "stop" else f", cut short: {reply.finish}"
+            Console(stderr=True, highlight=False).print(f"[dim]{about}{ended}. {reply.intended_use}[/]")
 
 
 def _end(answer: Answer) -> None:

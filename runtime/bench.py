@@ -37,6 +37,7 @@ class MemorySource:
     def __init__(self, fps: float = FPS) -> None:
         self.name, self.fps = "memory", fps
         self.state: SourceState = "live"
+        self.detail: str | None = None
         rng = np.random.default_rng(0)
         self._images = [rng.integers(0, 160, (240, 320, 1), np.uint8).repeat(3, axis=2) for _ in range(8)]
         self._closed = False

@@ -13,6 +13,7 @@ from sonoedge.runtime.kept_frames import MAX_BYTES as KEPT_MAX_BYTES
 from sonoedge.runtime.logs import LogLevel
 from sonoedge.runtime.orientation import Flip
 from sonoedge.runtime.sessions.choose import Backend
+from sonoedge.runtime.sources import FASTEST
 
 _WAY_OUT = "`sonoedge serve --print-config` shows every key"
 
@@ -26,6 +27,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hints_bind: str = "tcp://127.0.0.1:5556"
     once: bool = False
     fps: Annotated[float, msgspec.Meta(gt=0, le=1000)] | None = None  # None: the source's own
+    speed: Annotated[float, msgspec.Meta(gt=0, le=FASTEST)] = 1.0  # of a recording, times its own
+    step: bool = False  # play a recording frame by frame: the next when the last is done with, none dropped
     backend: Backend | None = None  # None: what the bundle's device profile names
     server_key: str | None = None  # file of the server's CURVE keys; with `allow` only
     allow: str | None = None  # folder of the clients' public keys

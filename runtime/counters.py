@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from sonoedge.runtime.hint_engine import HintResult
 from sonoedge.runtime.latency import LatencyWindow
 from sonoedge.runtime.protocol import Percentiles, Telemetry
-from sonoedge.runtime.resident import resident_bytes
 from sonoedge.runtime.slot import LatestFrameSlot
+from sonoedge.runtime.system_files import resident_bytes
 
 
 class Counters:

@@ -68,12 +68,18 @@ def check_endpoint(endpoint: str, *, secured: bool = False) -> None:
         )
 
 
-def connect(kind: int, endpoint: str, keys: ClientKeys | None = None, **options: int) -> zmq.Socket[Any]:
+def connect(
+    kind: int,
+    endpoint: str,
+    keys: ClientKeys | None = None,
+    context: zmq.Context[Any] | None = None,
+    **options: int,
+) -> zmq.Socket[Any]:
     """Return a client's socket connected to `endpoint`; raises SonoEdgeError when it is no endpoint.
 
-    keys: its own and the server's, for a server with CURVE.
+    keys: its own and the server's, for a server with CURVE. context: makes the socket; None for the process's own.
     """
-    sock: zmq.Socket[Any] = zmq.Context.instance().socket(kind)
+    sock: zmq.Socket[Any] = (context or zmq.Context.instance()).socket(kind)
     limit(sock)
     sock.set(zmq.LINGER, 0)
     sock.set(zmq.SNDTIMEO, SEND_MS)

@@ -52,6 +52,8 @@ def run(
     audit: Path | None = None,
     keep_frames: Path | None = None,
     flip: Flip | None = None,
+    speed: float | None = None,
+    step: bool | None = None,
     print_only: bool = False,
 ) -> None:
     """Serve until the source ends (`once`), Ctrl-C or SIGTERM; raises SonoEdgeError for anything that cannot start.
@@ -65,6 +67,8 @@ def run(
         "hints_bind": hints_bind,
         "once": once,
         "fps": fps,
+        "speed": speed,
+        "step": step,
         "backend": backend,
         "log_level": log_level,
         "server_key": None if server_key is None else str(server_key),
@@ -93,7 +97,9 @@ def serve(config: Config, as_json: bool) -> None:
         check_endpoint(endpoint, secured=keys is not None)
     with (
         contextlib.closing(Notifier()) as notifier,
-        contextlib.closing(open_source(source, once=config.once, fps=config.fps)) as feed,
+        contextlib.closing(
+            open_source(source, once=config.once, fps=config.fps, speed=config.speed, step=config.step)
+        ) as feed,
     ):
         model = open_model(
             Path(bundle),
@@ -116,6 +122,7 @@ def serve(config: Config, as_json: bool) -> None:
                 audit=keep_no_record if audit is None else audit.record,
                 keep=keep,
                 flip=config.flip,
+                step=config.step,
             )
             server.start()
             try:
@@ -163,7 +170,8 @@ def _watch(server: Server, audit: AuditLog | None, stop: threading.Event, notifi
         if state.state != said:
             said = state.state
             notifier.status(f"source {said}")
-            LOG.log(logging.WARNING if said in ("lost", "stalled") else logging.INFO, "source %s", said)
+            level = logging.WARNING if said in ("lost", "stalled") else logging.INFO
+            LOG.log(level, "source %s", said if state.detail is None else f"{said}: {state.detail}")
         if audit is not None and (now := audit.state).state != recording:
             recording = now.state
             notifier.status(f"audit log {recording}")

@@ -20,13 +20,13 @@ from sonoedge.runtime.questions import Question, QuestionQueue
 from sonoedge.runtime.requests import Requests
 from sonoedge.runtime.sight import Sight
 from sonoedge.runtime.slot import LatestFrameSlot
-from sonoedge.runtime.sources import Source, SourceState
+from sonoedge.runtime.sources import Source
 from sonoedge.runtime.wire import Envelope, Wire, keep_no_record
 from sonoedge.runtime.worker import ANSWER_SLICE_MS, Worker
 
 QUESTIONS_AT_ONCE = 8
-STALL_S = 2.0  # connected, but no frame for this long: stalled
 TELEMETRY_S = 1.0
+STEP_POLL_S = 0.2  # how often a source that is played frame by frame looks whether to stop
 JOIN_S = 6.0  # a live source may sit in a read for its timeout
 
 
@@ -45,11 +45,13 @@ class Server:
         audit: Callable[[str, Mapping[str, object]], None] = keep_no_record,
         keep: Callable[[Sight], Mapping[str, str]] = keep_no_frame,
         flip: Flip = "auto",
+        step: bool = False,
     ) -> None:
         """Bind both endpoints; raises SonoEdgeError naming the one that is taken or not allowed.
 
         audit: gets everything that is said, refused or changes, as a kind and its fields, and must not wait. keep: gets
         the frames that such records are about, says where each is kept, and must not wait. flip: as in `Orientation`.
+        step: ask the source for a frame only when the last one is done with, so that none is dropped.
         """
         self.done = threading.Event()  # the source ended and everything about it was said, or something broke
         self.failure: Exception | None = None
@@ -57,6 +59,7 @@ class Server:
         self._source = source
         self._audit = audit
         self._keep = keep
+        self._step = step
         self._slot = LatestFrameSlot()
         self._questions = QuestionQueue(QUESTIONS_AT_ONCE)
         self._worker = Worker(
@@ -148,12 +151,7 @@ class Server:
 
     def state(self) -> State:
         """Return what the source is doing now."""
-        state: SourceState = self._source.state
-        newest = self._slot.newest
-        silent_s = (time.monotonic_ns() - newest.captured_ns) / 1e9 if newest else 0.0
-        if state == "stalled" or (state == "live" and silent_s > max(STALL_S, 5 / self._source.fps)):
-            return State("stalled", self._source.name, f"connected but no frames for {silent_s:.1f} s")
-        return State(state, self._source.name, self._detail)
+        return State(self._source.state, self._source.name, self._source.detail or self._detail)
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Run a thread's work; what it raises ends the server and reaches `wait`."""
@@ -166,6 +164,8 @@ class Server:
     def _capture(self) -> None:
         for frame in self._source:
             self._slot.put(frame)
+            while self._step and not self._stop.is_set() and not self._slot.wait_wanted(STEP_POLL_S):
+                pass
 
     def _hand_over(self, sight: Sight, results: list[HintResult]) -> None:
         """Give the worker's hints to the I/O thread, with where their time went."""

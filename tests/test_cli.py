@@ -19,7 +19,7 @@ from sonoedge.errors import SonoEdgeError
 VERBS = (
     *("ask", "bench", "build", "demo", "distill", "doctor", "evaluate", "inspect"),
     *("make-checkpoint", "parity"),
-    *("profiles", "serve", "verify", "watch"),
+    *("profiles", "serve", "verify", "view", "watch"),
 )
 
 Run = Callable[..., Any]  # the `sonoedge` fixture

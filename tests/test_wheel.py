@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("calibration", "device_profiles", "export", "runtime")
-DATA = {".json", ".md", ".py", ".safetensors", ".toml"}
+DATA = {".css", ".html", ".js", ".json", ".md", ".py", ".safetensors", ".svg", ".toml"}
 LIST_PROFILES = """
 import sonoedge, sonoedge.cli
 

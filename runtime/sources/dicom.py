@@ -6,54 +6,61 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_color_lut, iter_pixels
+from pydicom.pixels import apply_color_lut, pixel_array
 
 from sonoedge.errors import SonoEdgeError
-from sonoedge.runtime.sources.pictures import DEFAULT_FPS
+from sonoedge.runtime.sources.dicom_file import read_clip
+from sonoedge.runtime.sources.pace import Pace
 from sonoedge.runtime.sources.recorded import RecordedSource
-from sonoedge.runtime.sources.regions import find_region
 
 KEEP_BYTES = 256 * 2**20  # clips up to this size are decoded once: a JPEG frame costs 5 ms, which the model needs
+HOPELESS = 100  # frames that cannot be decoded, from the start of a clip: the rest is not tried
 
 
 class DicomSource(RecordedSource):
     """The frames of a DICOM file, at its own rate when it states one."""
 
-    def __init__(self, path: Path, *, once: bool, fps: float | None) -> None:
-        """Decode the clip; raises SonoEdgeError when it is not DICOM, has no pixels or cannot be decoded."""
-        try:
-            self._dataset = pydicom.dcmread(path)
-        except (InvalidDicomError, OSError, EOFError, ValueError) as error:
-            raise SonoEdgeError(f"{path} is not a DICOM file ({error}): give a DICOM clip with preamble") from error
-        if "PixelData" not in self._dataset:
-            raise SonoEdgeError(f"{path} has no pixels: give an ultrasound image or clip, not a report")
-        super().__init__(str(path), once=once, fps=fps or _frame_rate(self._dataset))
-        rows, columns = int(self._dataset.Rows), int(self._dataset.Columns)
-        count = int(self._dataset.get("NumberOfFrames") or 1)
-        decoded = self._decode()
-        first = next(decoded, None)
-        if first is None:
-            raise SonoEdgeError(f"{path} has no frames: export the clip from the scanner again")
-        self._kept = [first, *decoded] if rows * columns * 3 * count <= KEEP_BYTES else None
-        region = find_region(self._dataset, rows, columns)
-        if region is not None:
-            self.sector, self.spacing_mm = region.sector, region.spacing_mm
+    def __init__(self, path: Path, pace: Pace) -> None:
+        """Decode the clip; raises SonoEdgeError when it is no DICOM clip of ultrasound or cannot be decoded."""
+        clip = read_clip(path)
+        super().__init__(str(path), pace, fps=clip.fps)
+        self._dataset, self._count = clip.dataset, clip.frames
+        self._kept: list[npt.NDArray[np.uint8] | None] | None = None
+        if clip.region is not None:
+            self.sector, self.spacing_mm = clip.region.sector, clip.region.spacing_mm
+        if clip.frame_bytes * clip.frames <= KEEP_BYTES:
+            self._kept = list(self._decode())
+            del self._dataset.PixelData
+        else:  # a clip of which nothing can be decoded is refused now
+            next(picture for picture in self._decode() if picture is not None)
 
-    def pictures(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """Yield the clip's frames."""
+    def pictures(self) -> Iterator[npt.NDArray[np.uint8] | None]:
+        """Yield the clip's frames, None for one that cannot be decoded."""
         yield from self._kept if self._kept is not None else self._decode()
 
-    def _decode(self) -> Iterator[npt.NDArray[np.uint8]]:
+    def _decode(self) -> Iterator[npt.NDArray[np.uint8] | None]:
+        """Go on behind a frame that is damaged; raises SonoEdgeError when there is no other."""
+        damaged = 0
+        for index in range(self._count):
+            picture, error = self._decode_one(index)
+            if error is not None:
+                damaged += 1
+                told = (str(error).splitlines() or [type(error).__name__])[0]
+                self._note = f"frame {index + 1} of {self._count} cannot be decoded ({told}): left out"
+                if damaged == index + 1 and damaged in (self._count, HOPELESS):
+                    syntax = self._dataset.file_meta.get("TransferSyntaxUID", "none")
+                    raise SonoEdgeError(
+                        f"the pixels of {self.name} cannot be decoded (transfer syntax "
+                        f"{getattr(syntax, 'name', syntax)}: {told}): export the clip uncompressed or as JPEG"
+                    ) from error
+            yield picture
+
+    def _decode_one(self, index: int) -> tuple[npt.NDArray[np.uint8] | None, Exception | None]:
         try:
-            for pixels in iter_pixels(self._dataset):  # YBR becomes RGB here
-                yield _to_rgb(pixels, self._dataset)
-        except (AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
-            syntax = self._dataset.file_meta.get("TransferSyntaxUID", "none")
-            raise SonoEdgeError(
-                f"the pixels of {self.name} cannot be decoded (transfer syntax {getattr(syntax, 'name', syntax)}: "
-                f"{str(error).splitlines()[0]}): export the clip uncompressed or as JPEG"
-            ) from error
+            # pydicom's iter_pixels takes wrong offsets for uncompressed YBR_FULL_422.
+            return _to_rgb(pixel_array(self._dataset, index=index), self._dataset), None  # YBR becomes RGB here
+        except Exception as error:  # noqa: BLE001 (decoders that are given any bytes)
+            return None, error
 
 
 def _to_rgb(pixels: npt.NDArray[np.generic], dataset: pydicom.Dataset) -> npt.NDArray[np.uint8]:
@@ -70,12 +77,3 @@ def _to_rgb(pixels: npt.NDArray[np.generic], dataset: pydicom.Dataset) -> npt.ND
     if interpretation == "MONOCHROME1":
         values = 255 - values
     return np.repeat(values[:, :, None], 3, axis=2) if values.ndim == 2 else np.ascontiguousarray(values)
-
-
-def _frame_rate(dataset: pydicom.Dataset) -> float:
-    """Frames a second as the file states it; a single picture and a clip that states none play at the default."""
-    if cine := float(dataset.get("CineRate") or 0):
-        return cine
-    if frame_ms := float(dataset.get("FrameTime") or 0):
-        return 1000 / frame_ms
-    return float(dataset.get("RecommendedDisplayFrameRate") or DEFAULT_FPS)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.sources.pace import Pace
 from sonoedge.runtime.sources.recorded import RecordedSource
 
 DEFAULT_FPS = 10.0  # pictures state no rate
@@ -39,9 +40,9 @@ def _check_header(path: Path) -> None:
 class PictureSource(RecordedSource):
     """Pictures played one after the other; a single one is a still feed."""
 
-    def __init__(self, name: str, paths: Sequence[Path], *, once: bool, fps: float | None) -> None:
+    def __init__(self, name: str, paths: Sequence[Path], pace: Pace) -> None:
         """Check that every path is a picture; raises SonoEdgeError naming the one that is not."""
-        super().__init__(name, once=once, fps=fps or DEFAULT_FPS)
+        super().__init__(name, pace, fps=DEFAULT_FPS)
         self._paths = sorted(paths, key=_natural)
         for path in self._paths:
             _check_header(path)

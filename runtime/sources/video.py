@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sonoedge.errors import SonoEdgeError
+from sonoedge.runtime.sources.pace import Pace
 from sonoedge.runtime.sources.recorded import RecordedSource
 
 
 class VideoSource(RecordedSource):
     """The frames of a video file at the rate that it states."""
 
-    def __init__(self, path: Path, *, once: bool, fps: float | None) -> None:
+    def __init__(self, path: Path, pace: Pace) -> None:
         """Decode the first frame; raises SonoEdgeError when there is none, or no rate is stated and none given."""
         self._path = path
         capture = self._open()
@@ -25,9 +26,9 @@ class VideoSource(RecordedSource):
             capture.release()
         if not has_frame:
             raise SonoEdgeError(f"the video {path} has no frames: record it again or give another file")
-        if fps is None and not 0 < stated <= 1000:
+        if pace.fps is None and not 0 < stated <= 1000:
             raise SonoEdgeError(f"the video {path} states the frame rate {stated:g}: say the true one with --fps")
-        super().__init__(str(path), once=once, fps=fps or stated)
+        super().__init__(str(path), pace, fps=stated)
 
     def pictures(self) -> Iterator[npt.NDArray[np.uint8]]:
         """Yield the frames from the file's start."""

@@ -10,38 +10,24 @@ import msgspec
 import typer
 
 from sonoedge import __version__
-from sonoedge.cli_security import AsJson, audit_log, keys
+from sonoedge.cli_options import AsJson, Backend, BundlePath, TrustedKeys
+from sonoedge.cli_scanner import scanner
+from sonoedge.cli_security import audit_log, keys
 from sonoedge.refusals import sentence
 
 REFUSED = 2
 INTERRUPTED = 130
 
 app = typer.Typer(name="sonoedge", add_completion=False)
+app.add_typer(scanner)
 app.add_typer(keys, name="keys")
 app.add_typer(audit_log, name="audit")
 
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint in the released format.", show_default=False)]
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `build` made.", show_default=False)]
 Recipe = Annotated[
     str | None, typer.Option(help="TOML file, or the name of a packaged recipe; else the demo's.", show_default=False)
 ]
 Profile = Annotated[str, typer.Option(help="Device profile: an id from `profiles`, or a TOML file.")]
-Backend = Annotated[
-    Literal["tensorrt", "cuda", "cpu"] | None,
-    typer.Option(help="What runs the bundle; else what its device profile names.", show_default=False),
-]
-HintsEndpoint = Annotated[str, typer.Argument(help="Where `serve` publishes hints.", metavar="HINTS_ENDPOINT")]
-ClientKey = Annotated[
-    Path | None, typer.Option(help="This client's CURVE keys, for a server that has keys.", show_default=False)
-]
-ServerKey = Annotated[
-    str | None, typer.Option(help="The server's public key, or the file that holds it.", show_default=False)
-]
-TrustedKeys = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the keys that may have signed a bundle; else this machine's.", show_default=False),
-]
-TimeoutS = Annotated[float, typer.Option(min=0.1, help="Give up after this many seconds of silence.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -288,136 +274,3 @@ def sign(
     from sonoedge import signing
 
     signing.run(bundle, key, as_json=as_json)
-
-
-@app.command()
-def serve(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="Folder that `build` made; else that of --config.", show_default=False)
-    ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(help="Video, image folder, DICOM clip, camera (0, /dev/video0) or rtsp://…", show_default=False),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with these options; what is said here wins.", show_default=False)
-    ] = None,
-    bind: Annotated[
-        str | None, typer.Option(help="Endpoint for questions; else tcp://127.0.0.1:5555.", show_default=False)
-    ] = None,
-    hints_bind: Annotated[
-        str | None,
-        typer.Option(help="Endpoint that hints are published on; else tcp://127.0.0.1:5556.", show_default=False),
-    ] = None,
-    once: Annotated[
-        bool | None,
-        typer.Option("--once", help="End when the file or folder ends, instead of looping.", show_default=False),
-    ] = None,
-    fps: Annotated[
-        float | None, typer.Option(min=0.1, help="Frames a second; else the source's own.", show_default=False)
-    ] = None,
-    backend: Backend = None,
-    server_key: Annotated[
-        Path | None, typer.Option(help="The server's CURVE keys, to be reached by others.", show_default=False)
-    ] = None,
-    allow: Annotated[
-        Path | None, typer.Option(help="Folder of the clients' public keys; with --server-key.", show_default=False)
-    ] = None,
-    trusted: TrustedKeys = None,
-    allow_untrusted: Annotated[
-        bool | None,
-        typer.Option("--allow-untrusted", help="Serve a bundle that no trusted key signed.", show_default=False),
-    ] = None,
-    audit: Annotated[
-        Path | None, typer.Option(help="Folder for the audit log; else none is kept.", show_default=False)
-    ] = None,
-    keep_frames: Annotated[
-        Path | None, typer.Option(help="Folder for the frames that the audit log is about.", show_default=False)
-    ] = None,
-    flip: Annotated[
-        Literal["auto", "yes", "no"] | None,
-        typer.Option(help="Whether left and right are exchanged; else as the feed or its marker says."),
-    ] = None,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"] | None,
-        typer.Option(help="What is logged to standard error; else warnings.", show_default=False),
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print what would be served, as TOML, and end.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Watch a feed, publish hints about it and answer questions."""
-    from sonoedge.runtime import serve
-
-    serve.run(
-        bundle,
-        source,
-        bind,
-        hints_bind,
-        once,
-        fps,
-        as_json,
-        backend,
-        config=config,
-        log_level=log_level,
-        server_key=server_key,
-        allow=allow,
-        trusted=trusted,
-        allow_untrusted=allow_untrusted,
-        audit=audit,
-        keep_frames=keep_frames,
-        flip=flip,
-        print_only=print_config,
-    )
-
-
-@app.command()
-def ask(
-    endpoint: Annotated[str, typer.Argument(help="Where `serve` answers, such as tcp://127.0.0.1:5555.")],
-    question: Annotated[str, typer.Argument(help="In English or Chinese.", show_default=False)],
-    language: Annotated[
-        Literal["en", "zh"] | None, typer.Option(help="Of the system turn; else that before hints.", show_default=False)
-    ] = None,
-    timeout_s: TimeoutS = 30.0,
-    key: ClientKey = None,
-    server_key: ServerKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Ask a question about what the scanner sees now."""
-    from sonoedge.runtime import ask
-    from sonoedge.runtime.key_files import client_keys
-
-    ask.run(endpoint, question, language, timeout_s, as_json=as_json, keys=client_keys(key, server_key))
-
-
-@app.command()
-def watch(
-    endpoint: HintsEndpoint,
-    count: Annotated[int | None, typer.Option(min=1, help="End after this many.", show_default=False)] = None,
-    timeout_s: TimeoutS = 30.0,
-    key: ClientKey = None,
-    server_key: ServerKey = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print hints as they are published; with --json, one line each."""
-    from sonoedge.runtime import watch
-    from sonoedge.runtime.key_files import client_keys
-
-    watch.run(endpoint, count, timeout_s, as_json=as_json, keys=client_keys(key, server_key))
-
-
-@app.command()
-def bench(
-    bundle: BundlePath,
-    source: Annotated[
-        str | None, typer.Option(help="As for `serve`; else frames made in memory.", show_default=False)
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure.")] = 20.0,
-    backend: Backend = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure latency by stage and throughput on this machine."""
-    from sonoedge.runtime import bench
-
-    bench.run(bundle, source, seconds, as_json=as_json, backend=backend)

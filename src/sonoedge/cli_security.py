@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON on standard output.")]
+from sonoedge.cli_options import AsJson
+
 keys = typer.Typer(help="Make keys, show them, and keep the list of clients that a server admits.")
 AllowList = Annotated[Path, typer.Argument(help="Folder of the admitted clients' public keys.", show_default=False)]
 

@@ -106,6 +106,7 @@ class ShadeSource:
         self.name = "shade"
         self.fps = fps
         self.state = "waiting"
+        self.detail: str | None = None
         self.brightness = 0
         self.size = (60, 80)
         self.silent = silent

@@ -224,15 +224,13 @@ def test_before_the_first_frame_there_is_no_answer(start_server: StartServer, ma
         assert client.answer("What?").finish == "stop"
 
 
-def test_a_silent_source_is_stalled(
-    start_server: StartServer, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sonoedge.runtime.server.STALL_S", 0.1)
+def test_the_state_is_what_the_source_says_of_itself(start_server: StartServer, make_source: MakeSource) -> None:
     source = make_source(fps=100)
     server = start_server(source)
     source.silent = True
-    states = (m.state for m in listen(server.hints_endpoint, timeout_s=30) if isinstance(m, State))
-    assert any(state == "stalled" for state in states)
+    source.state, source.detail = "stalled", "connected but no frames for 2.1 s"
+    states = (m for m in listen(server.hints_endpoint, timeout_s=30) if isinstance(m, State))
+    assert any((state.state, state.detail) == ("stalled", "connected but no frames for 2.1 s") for state in states)
 
 
 def test_hints_go_on_during_a_long_answer(

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,9 +19,9 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, UltrasoundMultiFrameImageSt
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.sources import Source, open_source
-from sonoedge.runtime.sources import live as live_module
+from sonoedge.runtime.sources import feed as feed_module
 from sonoedge.runtime.sources.live import LiveSource
-from sonoedge.runtime.sources.recorded import Pacer
+from sonoedge.runtime.sources.pace import Pacer
 from sonoedge.runtime.sources.regions import find_region
 
 WriteVideo = Callable[..., Path]
@@ -69,6 +70,7 @@ class Clock(threading.Event):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("sonoedge.runtime.sources.recorded.time", clock)
+    monkeypatch.setattr("sonoedge.runtime.sources.pace.time", clock)
     return clock
 
 
@@ -238,7 +240,12 @@ def test_the_largest_flat_region_wins() -> None:
     assert found.spacing_mm == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("tags", [{"PhysicalUnitsXDirection": 4}, {"PhysicalDeltaX": 0.01}, {"PhysicalDeltaY": 0.0}])
+HUGE = {"PhysicalDeltaX": 1e300, "PhysicalDeltaY": 1e300}
+
+
+@pytest.mark.parametrize(
+    "tags", [{"PhysicalUnitsXDirection": 4}, {"PhysicalDeltaX": 0.01}, {"PhysicalDeltaY": 0.0}, HUGE]
+)
 def test_spacing_is_unknown_when_not_square_centimetres(tags: dict[str, object]) -> None:
     dataset = Dataset()
     dataset.SequenceOfUltrasoundRegions = [region(0, 0, 9, 9, **tags)]
@@ -249,6 +256,11 @@ def test_spacing_is_unknown_when_not_square_centimetres(tags: dict[str, object])
 
 def test_regions_that_cannot_be_are_ignored() -> None:
     dataset = Dataset()
+    assert find_region(dataset, 100, 100) is None
+    several = region(0, 0, 9, 9)
+    several.RegionLocationMinX0 = [1, 2]
+    empty = region(0, 0, 9, 9, RegionSpatialFormat=None)
+    dataset.SequenceOfUltrasoundRegions = [several, empty]
     assert find_region(dataset, 100, 100) is None
     dataset.SequenceOfUltrasoundRegions = [region(9, 9, 2, 2), region(0, 0, 5000, 50)]
     assert find_region(dataset, 100, 100) is None
@@ -363,7 +375,7 @@ class FakeCamera:
 
 
 def test_a_live_feed_connects_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(feed_module, "FIRST_PAUSE_S", 0.01)
     cameras = [FakeCamera(iter([True, True])), None, None, FakeCamera(iter([True]))]
     states: list[str] = []
 
@@ -387,6 +399,49 @@ def test_a_live_feed_connects_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken[0].image[0, 0].tolist() == [0, 0, 200]
     assert states == ["lost", "lost", "lost"]
     assert source.state == "ended"
+
+
+def test_frames_of_another_kind_are_left_out_and_told() -> None:
+    class DepthCamera(FakeCamera):
+        def read(self) -> tuple[bool, npt.NDArray[Any]]:
+            ok, picture = super().read()
+            first = not self.deep
+            self.deep = True
+            return ok, np.zeros((4, 4), np.uint16) if first else picture
+
+        deep = False
+
+    source = LiveSource("0", once=True, connect=lambda spec, fps: DepthCamera(iter([True, True])))
+    taken = iter(source)
+    assert next(taken).image.shape == (4, 4, 3)
+    assert source.detail == "frames of uint16 [4, 4] are left out: set the device to colour"
+    assert list(taken) == []
+
+
+def test_the_drivers_time_is_taken_where_it_is_of_the_monotonic_clock() -> None:
+    class Stamping(FakeCamera):
+        def get(self, prop: int) -> float:
+            return (stamps_ns.pop(0) if prop == cv2.CAP_PROP_POS_MSEC else 0) / 1e6
+
+    began_ns = time.monotonic_ns()
+    wall_ns = 1_700_000_000_000_000_000  # of a driver that stamps by the wall clock
+    stamps_ns = [began_ns - 30_000_000, wall_ns, wall_ns + 40_000_000, wall_ns - 3600 * 10**9]
+    source = LiveSource("0", once=True, connect=lambda spec, fps: Stamping(iter([True] * 4)))
+    own, first, second, set_back = (frame.captured_ns for frame in source)
+    assert own == pytest.approx(began_ns - 30_000_000, abs=1000)
+    assert began_ns <= first <= time.monotonic_ns()
+    assert first < set_back <= time.monotonic_ns()
+    assert second <= time.monotonic_ns()
+
+
+def test_a_password_is_in_no_name_and_no_message() -> None:
+    connected = LiveSource("rtsp://me:s3cret@127.0.0.1/probe", connect=lambda spec, fps: FakeCamera(iter([])))
+    assert connected.name == "rtsp://127.0.0.1/probe"
+    seen: list[str] = []
+    with pytest.raises(SonoEdgeError, match="does not answer") as refusal:
+        LiveSource("rtsp://me:s3cret@127.0.0.1/probe", connect=lambda spec, fps: seen.append(spec))
+    assert "s3cret" not in str(refusal.value)
+    assert "s3cret" in seen[0]
 
 
 def test_once_ends_a_live_feed_that_fails() -> None:

@@ -58,6 +58,49 @@ def test_a_session_with_the_three_verbs(serve_process: ServeProcess, sonoedge: S
     assert "context holds 4096" in second.err or "tokens long" in second.err
 
 
+def test_a_frame_is_frozen_asked_about_reported_on_and_released(
+    serve_process: ServeProcess, sonoedge: Sonoedge, clip: Path
+) -> None:
+    bind = serve_process(clip).ready["bind"]
+    while "no frame yet" in (frozen := sonoedge("freeze", bind, "before", "--json")).out:
+        time.sleep(0.05)
+    kept = msgspec.json.decode(frozen.last_line)
+    assert (kept["type"], kept["name"], kept["released"]) == ("frozen", "before", False)
+    chosen = sonoedge(
+        "ask",
+        bind,
+        "Which?",
+        "--choice",
+        "liver",
+        "--choice",
+        "kidney",
+        "--frame",
+        "before",
+        "--frame",
+        "live",
+        "--json",
+    )
+    answer = msgspec.json.decode(chosen.last_line)
+    assert answer["frame"] == kept["frame"]
+    assert [frame["name"] for frame in answer["frames"]] == ["before", "live"]
+    assert answer["candidates"].keys() == {"liver", "kidney"}
+    report = sonoedge("report", bind, "--language", "zh", "--frame", "before")
+    assert report.status == 0
+    assert f"frame {kept['frame']}," in report.err
+    assert "ask about it" in sonoedge("freeze", bind, "again").out
+    assert sonoedge("freeze", bind, "before", "--release").out.startswith("released before: frame ")
+    gone = sonoedge("ask", bind, "Which?", "--frame", "before")
+    assert (gone.status, gone.out) == (2, "")
+    assert "there is no frozen frame 'before': name 'live', or one of 'again'" in gone.err
+    assert "give its NAME" in sonoedge("freeze", bind, "--release").err
+
+
+def test_frames_are_kept_beside_a_log_only(sonoedge: Sonoedge, tmp_path: Path, clip: Path) -> None:
+    ran = sonoedge("serve", tmp_path, "--source", clip, "--keep-frames", tmp_path / "frames")
+    assert ran.status == 2
+    assert "give --audit too" in ran.err
+
+
 def test_a_second_server_exits_with_the_endpoint(serve_process: ServeProcess, clip: Path) -> None:
     first = serve_process(clip)
     second = serve_process(clip, "--bind", first.ready["bind"])
