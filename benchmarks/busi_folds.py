@@ -31,6 +31,7 @@ from sonoedge.export import build, distill
 from sonoedge.export.evaluate import open_model
 from sonoedge.export.evaluation.answers import Answered, answer_all
 from sonoedge.export.evaluation.cases import FileCases
+from sonoedge.export.evaluation.resampling import Interval
 from sonoedge.export.evaluation.score import score
 from sonoedge.export.models.config_json import read_config
 from sonoedge.export.recipe import DEFAULT
@@ -198,8 +199,11 @@ def measured(answered: Sequence[Answered]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _numbers(interval: Any) -> tuple[float, float | None, float | None]:
-    return tuple(None if one is None else round(one, 2) for one in (interval.value, interval.low, interval.high))
+def _numbers(found: Interval) -> tuple[float, float | None, float | None]:
+    """The value and its bounds to two places."""
+    if found.low is None or found.high is None:
+        return round(found.value, 2), None, None
+    return round(found.value, 2), round(found.low, 2), round(found.high, 2)
 
 
 def main(

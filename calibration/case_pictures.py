@@ -6,6 +6,7 @@ tag of a patient is read.
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.preprocess import crop_to_sector
 from sonoedge.runtime.sources.dicom import DicomSource
+from sonoedge.runtime.sources.pace import Pace
 from sonoedge.runtime.sources.pictures import read_picture
 
 
@@ -29,15 +31,16 @@ def read_case_picture(path: Path) -> npt.NDArray[np.uint8]:
     """
     if not is_dicom(path):
         return read_picture(path)
-    source = DicomSource(path, once=True, fps=None)
+    source = DicomSource(path, Pace(once=True))
     if source.sector is None and not _without_text(path):
         raise SonoEdgeError(
             f"{path} names no two-dimensional ultrasound region, so text beside the sector cannot be cut away: export "
             "it with its regions, or as a picture of the sector alone"
         )
-    pictures = list(source.pictures())
-    middle = pictures[len(pictures) // 2]
-    return crop_to_sector(Frame(middle, len(pictures) // 2, 0, source.spacing_mm, source.name, source.sector))
+    readable = sum(picture is not None for picture in source.pictures())
+    whole = (picture for picture in source.pictures() if picture is not None)  # a long clip is not held in memory
+    middle = next(islice(whole, readable // 2, None))
+    return crop_to_sector(Frame(middle, readable // 2, 0, source.spacing_mm, source.name, source.sector))
 
 
 def _without_text(path: Path) -> bool:
