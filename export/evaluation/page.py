@@ -12,7 +12,7 @@ from sonoedge.export.fidelity.markup import Html, Part, table
 from sonoedge.export.fidelity.page import document, inline_picture
 
 STYLE = """
-body { max-width: 72rem; } td { white-space: nowrap; } .case td { white-space: normal; }
+body { max-width: 72rem; } td { white-space: pre; } .case td { white-space: normal; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; } dl { margin: 0; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; }
 .confusion table { width: auto; } .confusion { overflow-x: auto; }

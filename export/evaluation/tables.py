@@ -55,14 +55,14 @@ def words(interval: Interval, *, signed: bool = False) -> str:
 
 
 def significance(score: Score, index: int) -> str:
-    """What the tests say of the difference to the first system; empty where none was made."""
+    """What the tests say of the difference to the first system, a line each; empty where none was made."""
     difference = score.differences[index]
     if difference.p_value is None:
         return ""
     told = f"p = {difference.p_value:.3f}"
     if difference.mcnemar is not None:
-        told += f", McNemar {difference.mcnemar.p_value:.3f}"
-        told += f" ({difference.mcnemar.first_only} against {difference.mcnemar.second_only})"
+        told += f"\nMcNemar {difference.mcnemar.p_value:.3f}"
+        told += f" ({difference.mcnemar.first_only} : {difference.mcnemar.second_only})"
     return told
 
 
@@ -99,7 +99,7 @@ def _cells(score: Score) -> Sequence[str]:
         told = significance(score, index)
         cells += [
             words(interval),
-            words(score.differences[index].interval, signed=True) + (f"; {told}" if told else ""),
+            words(score.differences[index].interval, signed=True) + (f"\n{told}" if told else ""),
         ]
     return cells
 
