@@ -42,14 +42,20 @@ class FrameGate:
         self._next: str | None = None
         self._agreed = -1  # nothing was said yet
 
-    def judge(self, frame: Frame, view: View) -> str | None:
-        """Return why nothing should be asked about a frame shown by `view`; None when it is fine."""
+    def judge(self, frame: Frame, view: View, *, shape_known: bool = True) -> str | None:
+        """Return why nothing should be asked about a frame shown by `view`; None when it is fine.
+
+        shape_known: beams and depths of the sector lie as `view` says. Of a box around it, air and contact are not told.
+        """
         sample = sampled(frame.image, SAMPLED_PX)
         if view is not self._view or self._cells.shape != sample.shape:
             self._view, self._cells, self._anchor = view, cells_of(view, *sample.shape), None
             self._deeper = _deeper(view, *sample.shape)
-        found = verdict(sample, self._cells)
-        if found is None and self._deeper is not None and verdict(sample, self._deeper) == IN_AIR:
+        if shape_known:
+            found = verdict(sample, self._cells)
+        else:
+            found = BLACK if is_black(sample) else None
+        if shape_known and found is None and self._deeper is not None and verdict(sample, self._deeper) == IN_AIR:
             found = IN_AIR
         settled = self._settled(found, now=frame.still)
         frozen = self._is_frozen(sample, frame)

@@ -54,7 +54,8 @@ class Eye:
             view = self._tracker.see(picture, still=frame.still)
         if view is None:
             return self._sight(frame, np.zeros_like(picture), BLACK if is_black(picture[::4, ::4]) else LOOKING)
-        poor = self._gate.judge(msgspec.structs.replace(frame, image=picture), view)
+        known = frame.sector is None  # a region of DICOM is a box around whatever shape there is
+        poor = self._gate.judge(msgspec.structs.replace(frame, image=picture), view, shape_known=known)
         shown = view.of(picture)
         if flipped:
             shown = np.ascontiguousarray(shown[:, ::-1])

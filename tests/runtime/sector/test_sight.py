@@ -227,6 +227,17 @@ def test_pictures_know_that_they_are_still(tmp_path: Path) -> None:
     assert not next(iter(open_source(clip, once=True, fps=500))).still
 
 
+def test_a_box_around_a_sector_says_nothing_of_contact() -> None:
+    """A region of DICOM is a box; the corners of a cardiac sector in it are no lost beams."""
+    clip = str(pydicom.data.get_testdata_file("examples_ybr_color.dcm", download=False))
+    eye = Eye()
+    sights = [eye.see(one) for one in open_source(clip, once=True, fps=500)]
+    assert all(sight.poor is None for sight in sights)
+    (one,) = [one for one in open_source(clip, once=True, fps=500) if one.sequence == 0]
+    dark = msgspec.structs.replace(one, image=np.zeros_like(one.image))
+    assert Eye().see(dark).poor == BLACK
+
+
 def test_the_cardiac_clip_is_found_without_its_regions() -> None:
     clip = str(pydicom.data.get_testdata_file("examples_ybr_color.dcm", download=False))
     tracker = SectorTracker()
