@@ -45,21 +45,24 @@ class FrameGate:
     def judge(self, frame: Frame, view: View, *, shape_known: bool = True) -> str | None:
         """Return why nothing should be asked about a frame shown by `view`; None when it is fine.
 
-        shape_known: beams and depths of the sector lie as `view` says. Of a box around it, air and contact are not told.
+        shape_known: beams and depths of the sector lie as `view` says; of a box around it, air and contact are not told.
         """
         sample = sampled(frame.image, SAMPLED_PX)
         if view is not self._view or self._cells.shape != sample.shape:
             self._view, self._cells, self._anchor = view, cells_of(view, *sample.shape), None
             self._deeper = _deeper(view, *sample.shape)
-        if shape_known:
-            found = verdict(sample, self._cells)
-        else:
-            found = BLACK if is_black(sample) else None
-        if shape_known and found is None and self._deeper is not None and verdict(sample, self._deeper) == IN_AIR:
-            found = IN_AIR
-        settled = self._settled(found, now=frame.still)
+        settled = self._settled(self._tell(sample, shape_known), now=frame.still)
         frozen = self._is_frozen(sample, frame)
         return settled or (FROZEN if frozen else None)
+
+    def _tell(self, sample: npt.NDArray[np.uint8], shape_known: bool) -> str | None:
+        """What this picture alone tells."""
+        if not shape_known:
+            return BLACK if is_black(sample) else None
+        found = verdict(sample, self._cells)
+        if found is None and self._deeper is not None and verdict(sample, self._deeper) == IN_AIR:
+            return IN_AIR
+        return found
 
     def _settled(self, found: str | None, *, now: bool) -> str | None:
         if now or self._agreed < 0 or found == self._said:
