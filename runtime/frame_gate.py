@@ -45,7 +45,7 @@ class FrameGate:
     def judge(self, frame: Frame, view: View, *, shape_known: bool = True) -> str | None:
         """Return why nothing should be asked about a frame shown by `view`; None when it is fine.
 
-        shape_known: beams and depths of the sector lie as `view` says; of a box around it, air and contact are not told.
+        shape_known: beams and depths lie as `view` says; of a box around a sector, air and contact are not told.
         """
         sample = sampled(frame.image, SAMPLED_PX)
         if view is not self._view or self._cells.shape != sample.shape:
