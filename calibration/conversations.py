@@ -74,15 +74,13 @@ def read_conversations(path: Path | str) -> tuple[Conversation, ...]:
     resolved = []
     missing: list[str] = []
     for index, entry in enumerate(entries):
-        _check(entry, f"{source} entry {index} (id {entry.id!r})")
+        check_entry(entry, f"{source} entry {index} (id {entry.id!r})")
         images = tuple(str(source.parent / image) for image in entry.image)
         missing += [image for image in images if not Path(image).is_file()]
         resolved.append(msgspec.structs.replace(entry, image=images))
     if missing:
-        names = list(dict.fromkeys(missing))
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         raise SonoEdgeError(
-            f"conversations {source} name images that do not exist: {', '.join(names[:10])}{more}; add or remove them"
+            f"conversations {source} name images that do not exist: {listed_images(missing)}; add or remove them"
         )
     return tuple(resolved)
 
@@ -137,7 +135,15 @@ def _conversation(made: Phantom, image: str, language: str) -> Conversation:
     )
 
 
-def _check(entry: Conversation, where: str) -> None:
+def listed_images(paths: Sequence[str]) -> str:
+    """The first of some paths, and how many more there are."""
+    names = list(dict.fromkeys(paths))
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{', '.join(names[:10])}{more}"
+
+
+def check_entry(entry: Conversation, where: str) -> None:
+    """Raise SonoEdgeError, naming the entry as `where`, for turns out of order and marks that match no images."""
     roles = [turn.role for turn in entry.conversations]
     spoken = roles[1:] if roles[:1] == ["system"] else roles
     if not spoken or spoken != ["human", "gpt"] * (len(spoken) // 2):

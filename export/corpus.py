@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sonoedge.calibration.conversation_lines import ConversationLines
 from sonoedge.calibration.conversations import IMAGE_MARK, Conversation, read_conversations
 from sonoedge.calibration.frames import Frames
 from sonoedge.calibration.pool import PhantomPool
@@ -23,6 +24,8 @@ from sonoedge.export.possible_answers import possible_branches
 from sonoedge.runtime.preprocess import ImageSpec, Patches, preprocess
 from sonoedge.runtime.sources.pictures import read_picture
 from sonoedge.runtime.tokens import Tokenizer
+
+LINES = ".jsonl"
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -88,7 +91,8 @@ class ConversationCorpus:
     answered = True
 
     def __init__(self, path: Path, spec: ImageSpec) -> None:
-        self._cases: Sequence[Conversation] = read_conversations(path)
+        is_lines = path.suffix.lower() == LINES
+        self._cases: Sequence[Conversation] = ConversationLines(path) if is_lines else read_conversations(path)
         self._path, self._spec = path, spec
         for case in self._cases:
             if not case.image:
@@ -220,7 +224,7 @@ class Batches:
 
 
 def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None) -> Corpus:
-    """The corpus that `data` names: "phantoms" (from `pool`), a .json file of conversations, or frames.
+    """The corpus that `data` names: "phantoms" (from `pool`), a .json or .jsonl file of conversations, or frames.
 
     Frames are a picture, a DICOM file or a folder of either. Raises SonoEdgeError for data that holds no sample.
     """
@@ -228,6 +232,6 @@ def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None) -> Corpus:
         assert pool is not None  # rendered by the caller, who knows the seeds
         return PhantomCorpus(pool, spec)
     path = Path(data)
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() in (".json", LINES):
         return ConversationCorpus(path, spec)
     return FrameCorpus(Frames(path), spec)
