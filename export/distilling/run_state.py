@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from sonoedge.errors import SonoEdgeError
 
@@ -62,7 +63,7 @@ class RunState:
         try:
             position = msgspec.json.decode((last / POSITION).read_bytes(), type=Position)
             self._accelerator.load_state(str(last))
-        except (OSError, ValueError, RuntimeError, EOFError, msgspec.DecodeError) as error:
+        except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, msgspec.DecodeError) as error:
             raise SonoEdgeError(f"{last} is damaged ({error}): remove it to go on from an earlier step") from error
         return position
 

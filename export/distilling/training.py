@@ -42,27 +42,27 @@ class Trainer:
         )
         self.lesson, self.optimiser = accelerator.prepare(lesson, optimiser)
         self._load = even_load(self._student_config)
-        self._first = 0
+        self._next = 0
         if state is not None and (position := state.restore()) is not None:
-            self._first = position.step
+            self._next = position.step
             self._load = torch.tensor(position.load).reshape(self._load.shape)
         self._load = self._load.to(accelerator.device)
 
-    def run(self, draws: Draws, teacher: Teaches) -> None:
-        """Train all steps that are left; raises SonoEdgeError when the loss is not finite."""
+    def run(self, draws: Draws, teacher: Teaches, last: int | None = None) -> None:
+        """Train the steps that are left, up to `last`, without it; raises SonoEdgeError when the loss is not finite."""
         settings, accelerator = self._settings, self._accelerator
         share = Share(settings.batch, accelerator.process_index, accelerator.num_processes, settings.accumulate)
         self.lesson.train()
         with self._log() as log, track("distil the student", settings.steps) as advance:
-            advance(self._first)
-            for step, passes in share.steps(draws, self._first, settings.steps):
+            advance(self._next)
+            for step, passes in share.steps(draws, self._next, last or settings.steps):
                 losses = self._step(step, passes, teacher)
                 rate = self._rate(step)
                 total = sum(self._weights[name] * value for name, value in losses.items())
                 if log is not None:
                     log.add(Step(step=step, learning_rate=rate, total=total, losses=losses))
                 advance(1, " ".join(f"{name} {value:.3f}" for name, value in losses.items()))
-                done = step + 1
+                self._next = done = step + 1
                 if self._state is not None and (done % settings.save_every_steps == 0 or done == settings.steps):
                     self._state.save(Position(step=done, load=self._load.tolist()))
                     if log is not None:
@@ -132,7 +132,7 @@ class Trainer:
         if self._state is None or not self._accelerator.is_main_process:
             yield None
             return
-        log = CurveLog(self._state.folder, self._first)
+        log = CurveLog(self._state.folder, self._next)
         try:
             yield log
         finally:
