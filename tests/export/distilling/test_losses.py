@@ -42,7 +42,7 @@ def test_the_top_k_of_all_tokens_is_the_whole(said: tuple[Tensor, Tensor], heat:
     whole, all_of_them = divergence(mine, theirs, heat), divergence(mine, top_k(theirs, VOCAB, heat), heat)
     assert torch.allclose(whole, all_of_them, atol=1e-5)
     gradients = [torch.autograd.grad(loss.sum(), mine, retain_graph=True)[0] for loss in (whole, all_of_them)]
-    assert torch.allclose(*gradients, atol=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 5, 39])
@@ -62,7 +62,7 @@ def test_the_tail_counts_as_one_token(said: tuple[Tensor, Tensor], count: int) -
     assert (found <= divergence(mine, theirs, 2.0) + 1e-5).all()
     assert (found >= -1e-6).all()
     gradients = [torch.autograd.grad(loss.sum(), mine, retain_graph=True)[0] for loss in (found, wanted)]
-    assert torch.allclose(*gradients, atol=1e-5)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
 def test_equal_distributions_do_not_diverge_and_tail_mass_costs() -> None:
