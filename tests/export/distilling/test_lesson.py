@@ -83,7 +83,12 @@ def test_recomputing_changes_no_loss_and_no_gradient(
     plain = Lesson(student, tiny_model.config, settings)
     wanted, by_hand = sums(plain, tiny_model, passes(8)), gradients(plain)
     saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         sums(plain, tiny_model, passes(8))
     kept = len(saved)
     again = Lesson(student, tiny_model.config, msgspec.structs.replace(settings, recompute=True))
@@ -91,7 +96,7 @@ def test_recomputing_changes_no_loss_and_no_gradient(
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
     assert all(torch.equal(gradient, by_hand[name]) for name, gradient in gradients(again).items())
     saved.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         item = passes(8)[0]
         wanted_of = wanted_outputs(student.config, tiny_model.config, settings)
         again(item.batch, ask(tiny_model, item.batch, wanted_of), even_load(student.config), False)
