@@ -21,6 +21,7 @@ from sonoedge.runtime.prompt import SYSTEM
 
 IMAGE_MARK = "<image>"
 FILE_NAME = "conversations.json"
+LINES = ".jsonl"  # one case a line
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -57,7 +58,7 @@ class Conversation(msgspec.Struct, frozen=True, omit_defaults=True):
         return tuple((a.value, b.value) for a, b in zip(turns[::2], turns[1::2], strict=True))
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class Entry(msgspec.Struct, frozen=True):
     """One case as a file may write it: a single image need not stand in a list."""
 
     id: str | int
@@ -67,6 +68,7 @@ class _Entry(msgspec.Struct, frozen=True):
     region: str | None = None
 
     def conversation(self, folder: Path) -> Conversation:
+        """Return the case, its images resolved against a folder and marked."""
         images = (self.image,) if isinstance(self.image, str) else self.image
         paths = tuple(str(folder / image) for image in images)
         return _marked(Conversation(self.id, paths, self.conversations, self.phantom, self.region))
@@ -81,7 +83,7 @@ def read_conversations(path: Path | str) -> tuple[Conversation, ...]:
     Source: the data format of the EchoVLM repository.
     """
     source = Path(path)
-    entries = _decoded(source, tuple[_Entry, ...])
+    entries = _decoded(source, tuple[Entry, ...])
     if not entries:
         raise SonoEdgeError(f"conversations {source} hold no entry; give a file with at least one case")
     resolved = []
@@ -101,15 +103,18 @@ def read_conversations(path: Path | str) -> tuple[Conversation, ...]:
 def each_entry(path: Path | str) -> Iterator[Conversation | str]:
     """Every entry of a conversation file, or, in the place of one that cannot be used, what is wrong with it.
 
-    Missing images are not looked for. Raises SonoEdgeError for a file that is no JSON list, or an empty one.
+    Missing images are not looked for. Raises SonoEdgeError for a file that is no JSON list and no JSON Lines, or empty.
     """
     source = Path(path)
-    raws = _decoded(source, list[msgspec.Raw])
+    if source.suffix.lower() == LINES:
+        raws = [msgspec.Raw(line) for line in _read(source).splitlines() if line.strip()]
+    else:
+        raws = _decoded(source, list[msgspec.Raw])
     if not raws:
         raise SonoEdgeError(f"conversations {source} hold no entry; give a file with at least one case")
     for raw in raws:
         try:
-            entry = msgspec.json.decode(raw, type=_Entry).conversation(source.parent)
+            entry = msgspec.json.decode(raw, type=Entry).conversation(source.parent)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             yield f"{error}; correct that entry"
             continue
@@ -214,12 +219,17 @@ def _marked(entry: Conversation) -> Conversation:
 T = TypeVar("T")
 
 
-def _decoded(source: Path, kind: type[T]) -> T:
+def _read(source: Path) -> bytes:
     try:
-        return msgspec.json.decode(source.read_bytes(), type=kind)
+        return source.read_bytes()
     except OSError as error:
         raise SonoEdgeError(
             f"conversations {source} cannot be read ({error.strerror}); give the path of a JSON file"
         ) from error
+
+
+def _decoded(source: Path, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(_read(source), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SonoEdgeError(f"conversations {source} are malformed: {error}; correct that entry") from error

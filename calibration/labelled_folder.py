@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sonoedge.calibration.conversations import IMAGE_MARK, Conversation, Turn, read_conversations
+from sonoedge.calibration.conversation_lines import ConversationLines
+from sonoedge.calibration.conversations import IMAGE_MARK, LINES, Conversation, Turn, read_conversations
 from sonoedge.calibration.frames import PICTURES, is_dicom, natural_order, visible_files
 from sonoedge.calibration.phantom.truth import REGIONS
 from sonoedge.calibration.phantom_wording import DIAGNOSIS, OWN_QUESTIONS
@@ -48,6 +49,8 @@ def read_labelled(path: Path) -> tuple[Conversation, ...]:
 
 def read_answered(path: Path) -> tuple[Conversation, ...]:
     """The cases of a conversation file or of a labelled folder; raises SonoEdgeError as their readers do."""
+    if path.suffix.lower() == LINES:
+        return tuple(ConversationLines(path))
     return read_labelled(path) if path.is_dir() else read_conversations(path)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sonoedge.calibration.case_pictures import read_case_picture
-from sonoedge.calibration.conversations import IMAGE_MARK, Conversation, read_conversations
+from sonoedge.calibration.conversation_lines import ConversationLines
+from sonoedge.calibration.conversations import IMAGE_MARK, LINES, Conversation, read_conversations
 from sonoedge.calibration.frames import Frames
 from sonoedge.calibration.labelled_folder import is_labelled, read_labelled
 from sonoedge.calibration.pool import PhantomPool
@@ -89,7 +90,8 @@ class ConversationCorpus:
     answered = True
 
     def __init__(self, path: Path, spec: ImageSpec) -> None:
-        self._cases: Sequence[Conversation] = read_conversations(path)
+        is_lines = path.suffix.lower() == LINES
+        self._cases: Sequence[Conversation] = ConversationLines(path) if is_lines else read_conversations(path)
         self._path, self._spec = path, spec
         for case in self._cases:
             if not case.image:
@@ -233,7 +235,7 @@ class Batches:
 
 
 def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None, *, labelled: bool = False) -> Corpus:
-    """The corpus that `data` names: "phantoms" (from `pool`), a .json file of conversations, or frames.
+    """The corpus that `data` names: "phantoms" (from `pool`), a .json or .jsonl file of conversations, or frames.
 
     Frames are a picture, a DICOM file or a folder of either; labelled: pictures in a folder for each class are asked
     for the class instead, which a model can learn. Raises SonoEdgeError for data that holds no sample.
@@ -242,7 +244,7 @@ def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None, *, labelle
         assert pool is not None  # rendered by the caller, who knows the seeds
         return PhantomCorpus(pool, spec)
     path = Path(data)
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() in (".json", LINES):
         return ConversationCorpus(path, spec)
     if labelled and is_labelled(path):
         return LabelledCorpus(path, spec)

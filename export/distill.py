@@ -1,127 +1,117 @@
 """`sonoedge distill`: a student cut from its teacher learns to answer, and to see, as the teacher does.
 
-Source: G. Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531); image tokens are matched as
-well, since the vision tower is what a small student loses first.
+`accelerate launch -m sonoedge distill …` does the same with several processes, GPUs or nodes (see docs/distill.md).
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from sonoedge.calibration.pool import PhantomPool, phantom_pool
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.balance import balance_loss
 from sonoedge.export.checkpoint_files import image_spec, open_tokenizer
-from sonoedge.export.corpus import Batch, Batches, Corpus, open_corpus
+from sonoedge.export.corpus import Batches, Corpus, open_corpus
+from sonoedge.export.distilling.draws import Draws
+from sonoedge.export.distilling.hashes import checkpoint_hash, files_hash
+from sonoedge.export.distilling.lesson import Lesson, wanted_outputs
+from sonoedge.export.distilling.processes import join, one_voice
+from sonoedge.export.distilling.run_state import Identity, RunState, forget
+from sonoedge.export.distilling.taught import LiveTeacher, Teaches, Wanted
+from sonoedge.export.distilling.taught_files import TaughtFiles, TaughtManifest
+from sonoedge.export.distilling.training import Trainer
 from sonoedge.export.models.echovlm import EchoVLM
-from sonoedge.export.models.loading import load_checkpoint, save_checkpoint
+from sonoedge.export.models.loading import empty_model, load_checkpoint, save_checkpoint
 from sonoedge.export.models.saving import TOKENIZER_FILES
-from sonoedge.export.packing import IGNORE
 from sonoedge.export.recipe import Distillation, Recipe, StudentShape, load_recipe
-from sonoedge.export.schedule import warm_cosine
 from sonoedge.export.student import cut_student
-from sonoedge.progress import track
 from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.tokens import Tokenizer
 
+PHANTOMS = "phantoms"  # in the training folder, as long as a run may go on
 
-def distil(teacher: EchoVLM, tokenizer: Tokenizer, corpus: Corpus, spec: ImageSpec, recipe: Recipe) -> EchoVLM:
+
+class Kept(msgspec.Struct, frozen=True):
+    """Where a run keeps what it can go on from."""
+
+    folder: Path  # of the state, the log and its page
+    identity: Identity
+    taught: Path | None = None  # folder of the teacher's recorded outputs
+
+
+def distil(
+    teacher: EchoVLM,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    spec: ImageSpec,
+    recipe: Recipe,
+    *,
+    accelerator: Accelerator | None = None,
+    kept: Kept | None = None,
+) -> EchoVLM:
     """Cut the recipe's student from `teacher` and train it on `corpus`; equal inputs give equal students on a machine.
 
-    Raises SonoEdgeError when the loss is not finite, and as `cut_student` does.
+    kept: None keeps nothing. Under FSDP only the main process gets the student's weights. A recipe in bf16 leaves the
+    teacher so. Raises SonoEdgeError when the loss is not finite, and as `cut_student` does.
     """
     shape, settings = sections(recipe)
     torch.manual_seed(settings.seed)
     student = cut_student(teacher, shape)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    optimiser = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.97), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: warm_cosine(step, steps=settings.steps, warmup_steps=settings.warmup_steps)
+    wanted = wanted_outputs(student.config, teacher.config, settings)
+    accelerator = accelerator or join()
+    collator = Batches(corpus, tokenizer, spec, size=settings.batch, seed=settings.seed, context=recipe.limits.context)
+    draws = Draws(
+        corpus,
+        collator,
+        seed=settings.seed,
+        distinct=settings.distinct_draws,
+        in_order=settings.turns == "in order",
     )
-    student, optimiser, schedule = accelerator.prepare(student, optimiser, schedule)
-    teacher = teacher.to(accelerator.device).eval()
-    batches = Batches(corpus, tokenizer, spec, size=settings.batch, seed=settings.seed, context=recipe.limits.context)
-    student.train()
-    with track("distil the student", settings.steps) as advance:
-        for step, batch in batches.steps(0, settings.steps):
-            moved = batch.to(accelerator.device)
-            losses = _losses(student, teacher, moved, settings, vision_only=step < settings.vision_steps)
-            total = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
-            if not torch.isfinite(total):
-                raise SonoEdgeError(
-                    f"the loss is {total.item()} at step {step}: lower distill.learning_rate in the recipe"
-                )
-            accelerator.backward(total)
-            accelerator.clip_grad_norm_(student.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad()
-            advance(1, " ".join(f"{name} {loss.item():.3f}" for name, (_, loss) in losses.items()))
-    trained: EchoVLM = accelerator.unwrap_model(student).cpu().eval()
-    return trained
+    lesson = Lesson(student, teacher.config, settings)
+    state = None if kept is None else RunState(kept.folder, kept.identity, accelerator)
+    trainer = Trainer(lesson, settings, accelerator, state)
+    trainer.run(draws, _teaches(teacher, wanted, draws, recipe, accelerator, kept))
+    weights = accelerator.get_state_dict(trainer.lesson)
+    trained = empty_model(student.config)
+    if accelerator.is_main_process or weights:
+        own = {name.removeprefix("student."): tensor for name, tensor in weights.items() if name.startswith("student.")}
+        trained.load_state_dict({name: tensor.detach().cpu() for name, tensor in own.items()}, assign=True)
+    return trained.eval()
 
 
-def _losses(
-    student: EchoVLM, teacher: EchoVLM, batch: Batch, settings: Distillation, *, vision_only: bool
-) -> dict[str, tuple[float, Tensor]]:
-    """Every loss of one batch with its weight."""
-    with torch.no_grad():
-        taught_embeds = teacher.encode_images(batch.patches, batch.grids)  # [merged, hidden]
-    embeds = student.encode_images(batch.patches, batch.grids)
-    seen = {"embeds": (settings.embeds_weight, functional.mse_loss(embeds, taught_embeds) / taught_embeds.var())}
-    if vision_only:
-        return seen
-    # Detached: the vision tower learns more from the teacher's image tokens alone than from tokens and answers.
-    return seen | _decoder_losses(student, teacher, batch, embeds.detach(), taught_embeds, settings)
+def _teaches(
+    teacher: EchoVLM, wanted: Wanted, draws: Draws, recipe: Recipe, accelerator: Accelerator, kept: Kept | None
+) -> Teaches:
+    """The teacher at work, or recorded where `kept` says so."""
+    _, settings = sections(recipe)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
 
+    def live() -> LiveTeacher:
+        return LiveTeacher(teacher.to(accelerator.device, dtype).eval(), wanted, accelerator.device)
 
-def _decoder_losses(
-    student: EchoVLM, teacher: EchoVLM, batch: Batch, embeds: Tensor, taught_embeds: Tensor, settings: Distillation
-) -> dict[str, tuple[float, Tensor]]:
-    packed = batch.packed
-    rows = packed.labels != IGNORE  # [B, S]
-    with torch.no_grad():
-        taught = teacher(
-            packed.input_ids,
-            packed.positions,
-            image_embeds=taught_embeds,
-            attention_bias=packed.attention_bias,
-            logits_rows=rows,
-        ).logits  # [answers, vocab]
-    output = student(
-        packed.input_ids,
-        packed.positions,
-        image_embeds=embeds,
-        attention_bias=packed.attention_bias,
-        logits_rows=rows,
-        collect_router=True,
+    if kept is None or kept.taught is None:
+        return live()
+    if wanted.logits and not wanted.top_k:
+        raise SonoEdgeError("distill.top_k = 0 keeps whole distributions, which are not recorded: give 64, for example")
+    manifest = TaughtManifest(
+        teacher=kept.identity.teacher,
+        data=kept.identity.data,
+        seed=settings.seed,
+        turns=settings.turns,
+        draws=settings.distinct_draws or settings.steps * settings.batch,
+        context=recipe.limits.context,
+        precision=settings.precision,
+        wanted=wanted,
     )
-    mixture = teacher.config.moe
-    assert mixture is not None  # cut_student refuses a teacher without experts
-    heat = settings.temperature
-    spoken = functional.log_softmax(output.logits / heat, dim=-1)  # [answers, vocab]
-    taught = functional.log_softmax(taught / heat, dim=-1)
-    return {
-        "answers": (
-            settings.answer_weight,
-            functional.cross_entropy(output.logits, packed.labels[rows]),
-        ),
-        "logits": (
-            settings.logits_weight * heat**2,
-            functional.kl_div(spoken, taught, log_target=True, reduction="batchmean"),
-        ),
-        "balance": (
-            settings.balance_weight,
-            balance_loss(output.router_logits, mixture.num_experts_per_tok),
-        ),
-    }
+    files = TaughtFiles(kept.taught, manifest, accelerator)
+    if not files.complete():
+        files.record(draws, live(), most=-(-settings.batch // accelerator.num_processes))
+    return files
 
 
 def sections(recipe: Recipe) -> tuple[StudentShape, Distillation]:
@@ -138,8 +128,23 @@ def distillation_pool(folder: Path, spec: ImageSpec, recipe: Recipe) -> PhantomP
     return phantom_pool(folder, settings.frames, first_seed=settings.first_frame_seed, spec=spec, label=label)
 
 
-def run(checkpoint: Path, recipe: str | None, data: str, out: Path, as_json: bool) -> None:
-    """The verb: distil CHECKPOINT into OUT, a checkpoint of the same format."""
+def run(checkpoint: Path, recipe: str | None, data: str, out: Path, as_json: bool, taught: Path | None = None) -> None:
+    """The verb: distil CHECKPOINT into OUT, a checkpoint of the same format; the log and the state lie beside it."""
+    accelerator = join()
+    with one_voice(accelerator):
+        _run(checkpoint, recipe, data, out, as_json, taught, accelerator)
+    accelerator.end_training()
+
+
+def _run(
+    checkpoint: Path,
+    recipe: str | None,
+    data: str,
+    out: Path,
+    as_json: bool,
+    taught: Path | None,
+    accelerator: Accelerator,
+) -> None:
     settings = load_recipe(recipe)
     sections(settings)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -150,19 +155,45 @@ def run(checkpoint: Path, recipe: str | None, data: str, out: Path, as_json: boo
         if not (checkpoint / name).is_file():
             raise SonoEdgeError(f"{checkpoint / name} does not exist: copy it from the checkpoint again")
     spec = image_spec(checkpoint)
-    with TemporaryDirectory(prefix="sonoedge-") as work:
-        pool = distillation_pool(Path(work), spec, settings) if data == "phantoms" else None
-        corpus = open_corpus(data, spec, pool, labelled=True)
-        if not corpus.answered:
-            raise SonoEdgeError(f"--data {data}: frames without answers teach nothing: give conversations, or phantoms")
-        student = distil(teacher, tokenizer, corpus, spec, settings)
+    folder = training_folder(out)
+    corpus = _corpus(data, spec, settings, folder, accelerator)
+    if not corpus.answered:
+        raise SonoEdgeError(f"--data {data}: frames without answers teach nothing: give conversations, or phantoms")
+    kept = Kept(folder, _identity(checkpoint, settings, data, corpus), taught)
+    student = distil(teacher, tokenizer, corpus, spec, settings, accelerator=accelerator, kept=kept)
+    if not accelerator.is_main_process:
+        return
     save_checkpoint(student, out, tokenizer_files_from=checkpoint)
+    forget(folder)
+    shutil.rmtree(folder / PHANTOMS, ignore_errors=True)
     counts = {"teacher_parameters": parameters(teacher), "student_parameters": parameters(student)}
     if as_json:
-        print(msgspec.json.encode({"out": str(out), **counts}).decode())
+        told = {"out": str(out), "training": str(folder), **counts}
+        print(msgspec.json.encode(told).decode())
     else:
         share = counts["student_parameters"] / counts["teacher_parameters"]
         print(f"{out}: a student of {counts['student_parameters']:,} parameters, {share:.0%} of its teacher's")
+
+
+def training_folder(out: Path) -> Path:
+    """Where the log, its page and the state of the run that makes `out` lie."""
+    return out.with_name(f"{out.name}.training")
+
+
+def _corpus(data: str, spec: ImageSpec, recipe: Recipe, folder: Path, accelerator: Accelerator) -> Corpus:
+    if data != "phantoms":
+        return open_corpus(data, spec, None, labelled=True)
+    with accelerator.main_process_first():  # it renders, the others find the frames
+        return open_corpus(data, spec, distillation_pool(folder / PHANTOMS, spec, recipe))
+
+
+def _identity(checkpoint: Path, recipe: Recipe, data: str, corpus: Corpus) -> Identity:
+    shape, settings = sections(recipe)
+    training = msgspec.json.encode((shape, settings, recipe.limits.context), order="sorted").decode()
+    phantoms = [data, str(settings.first_frame_seed), str(settings.frames)] if data == "phantoms" else []
+    return Identity(
+        recipe=files_hash([], training), teacher=checkpoint_hash(checkpoint), data=files_hash(corpus.files, *phantoms)
+    )
 
 
 def parameters(model: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Several questions about one image behind a shared prefix: each branch sees the prefix and itself, not its neighbours.
 
 This is the very arrangement in which the runtime scores hints, so a model trained on packed samples meets nothing new
-there.
+there. A branch that follows another sees that one too, as a later turn of a conversation does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from sonoedge.errors import SonoEdgeError
 from sonoedge.runtime.positions import mrope_positions
 from sonoedge.runtime.preprocess import ImageSpec
-from sonoedge.runtime.prompt import HINT_LANGUAGE, answer_ids, prefix_ids, question_ids
+from sonoedge.runtime.prompt import HINT_LANGUAGE, answer_ids, next_turn_ids, prefix_ids, question_ids
 from sonoedge.runtime.tokens import Tokenizer
 
 Grid = tuple[int, int, int]
@@ -31,6 +31,7 @@ class Branch(msgspec.Struct, frozen=True):
     question: str
     answer: str
     name: str = "report"
+    follows: bool = False  # the branch before it in the same conversation, which it sees
 
 
 class PackedBatch(msgspec.Struct, frozen=True):
@@ -77,19 +78,20 @@ class Packer:
         positions[:, :, :prefix] = self.prefix_positions[:, None]
         visible[:, :prefix, :prefix] = np.tri(prefix, dtype=bool)
         for row, branches in enumerate(encoded):
-            start = prefix
-            for branch, answered_from in branches:
-                end = start + branch.size
+            start = first = prefix
+            for (branch, answered_from), told in zip(branches, samples[row], strict=True):
+                end, first = start + branch.size, first if told.follows else start
                 ids[row, start:end] = branch
                 labels[row, start + answered_from - 1 : end - 1] = branch[answered_from:]
-                positions[:, row, start:end] = self.next_position + np.arange(branch.size)
+                positions[:, row, start:end] = self.next_position + np.arange(start - first, end - first)
                 visible[row, start:end, :prefix] = True
-                visible[row, start:end, start:end] = np.tri(branch.size, dtype=bool)
+                visible[row, start:end, first:end] = np.tri(branch.size, end - first, start - first, dtype=bool)
                 start = end
         bias = torch.zeros(batch, 1, longest, longest).masked_fill_(~torch.from_numpy(visible)[:, None], HIDDEN)
         return PackedBatch(torch.from_numpy(ids), torch.from_numpy(positions), bias, torch.from_numpy(labels))
 
     def _encode(self, branch: Branch) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]:
-        question = question_ids(self.tokenizer, branch.question)
+        opening = next_turn_ids(self.tokenizer) if branch.follows else []
+        question = opening + question_ids(self.tokenizer, branch.question)
         answer = answer_ids(self.tokenizer, branch.answer)
         return np.asarray(question + answer, np.int64), len(question)

@@ -25,7 +25,11 @@ Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class Distillation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the student learns from the teacher."""
+    """How the student learns from the teacher.
+
+    turns: "apart" asks every question of a conversation by itself, as hints are; "in order" lets later ones see earlier
+    questions and answers. precision: "bf16" computes in bfloat16 and keeps the student's weights in float32.
+    """
 
     seed: Seed
     first_frame_seed: Seed
@@ -40,6 +44,24 @@ class Distillation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logits_weight: Weight
     embeds_weight: Weight
     balance_weight: Weight
+    hidden_weight: Weight = 0.0  # of matching hidden states through learned projections
+    router_weight: Weight = 0.0  # of matching routing likewise
+    teacher_layers: tuple[Least, ...] = ()  # matched with each layer of the student; none: evenly spread ones
+    top_k: Least = 0  # tokens of the teacher's distribution that are kept, the rest as one; 0: all
+    turns: Literal["apart", "in order"] = "apart"
+    distinct_draws: Count | None = None  # samples drawn before they come again as they were (None: never)
+    accumulate: Count = 1  # passes that a process splits its share of a batch into
+    recompute: bool = False  # activations in the backward pass, to save memory
+    precision: Literal["f32", "bf16"] = "f32"
+    save_every_steps: Count = 100  # the state from which a killed run goes on
+
+    def __post_init__(self) -> None:
+        if self.vision_steps > 0 and self.embeds_weight == 0:
+            raise ValueError("`vision_steps` match image tokens alone, so `embeds_weight` must not be 0")
+        if not any((self.embeds_weight, self.answer_weight, self.logits_weight, self.hidden_weight)):
+            raise ValueError(
+                "one of `answer_weight`, `logits_weight`, `embeds_weight` and `hidden_weight` must not be 0"
+            )
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -39,8 +39,13 @@ def conversation_ids(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], que
     ids: list[int] = []
     for asked, answered in turns:
         ids += [*question_ids(tokenizer, asked), *answer_ids(tokenizer, answered)]
-        ids += [*tokenizer.encode("\n"), tokenizer.im_start, *tokenizer.encode("user\n")]
+        ids += next_turn_ids(tokenizer)
     return [*ids, *question_ids(tokenizer, question)]
+
+
+def next_turn_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the opening of a user's turn that follows an answer."""
+    return [*tokenizer.encode("\n"), tokenizer.im_start, *tokenizer.encode("user\n")]
 
 
 def single_choice(question: str, choices: Sequence[str]) -> str:

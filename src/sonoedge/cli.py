@@ -117,14 +117,18 @@ def parity(
 def distill(
     checkpoint: Checkpoint,
     data: Annotated[str, typer.Option(help="EchoVLM conversations (JSON), or `phantoms`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the student checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder for the student checkpoint; OUT.training lies beside it.")],
     recipe: Recipe = None,
+    taught: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the teacher's outputs, computed there once and reused.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a smaller student to answer as the checkpoint does."""
+    """Train a smaller student to answer as the checkpoint does; the same command again goes on after a kill."""
     from sonoedge.export import distill
 
-    distill.run(checkpoint, recipe, data, out, as_json=as_json)
+    distill.run(checkpoint, recipe, data, out, as_json=as_json, taught=taught)
 
 
 @app.command()

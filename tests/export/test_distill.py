@@ -15,17 +15,31 @@ from safetensors.torch import load_file
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export import distill
-from sonoedge.export.corpus import Batches, PhantomCorpus
-from sonoedge.export.distill import _losses, distil
+from sonoedge.export.corpus import Batch, Batches, PhantomCorpus
+from sonoedge.export.distill import distil
+from sonoedge.export.distilling.curves import read_log
+from sonoedge.export.distilling.lesson import LOAD, Lesson, counted, even_load, wanted_outputs
+from sonoedge.export.distilling.taught import ask
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import load_checkpoint
-from sonoedge.export.recipe import load_recipe
+from sonoedge.export.recipe import Distillation, load_recipe
 from sonoedge.export.student import cut_student
 from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.tokens import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPEC = ImageSpec(max_pixels=84 * 84)
+
+
+def mean_losses(
+    student: EchoVLM, teacher: EchoVLM, batch: Batch, settings: Distillation, *, vision_only: bool = False
+) -> dict[str, float]:
+    """Every loss of one batch that has a weight."""
+    taught = ask(teacher, batch, wanted_outputs(student.config, teacher.config, settings), vision_only=vision_only)
+    with torch.no_grad():
+        found = Lesson(student, teacher.config, settings)(batch, taught, even_load(student.config), vision_only)
+    counts = counted(batch)
+    return {name: float(loss) / counts.of(name) for name, loss in found.items() if name != LOAD}
 
 
 def left_in(folder: Path) -> list[str]:
@@ -57,9 +71,7 @@ def test_losses_go_down(
     held_out = Batches(corpus, tiny_tokenizer, SPEC, size=8, seed=99, context=recipe.limits.context).batch(0)
 
     def losses(student: EchoVLM) -> dict[str, float]:
-        with torch.no_grad():
-            found = _losses(student, tiny_model, held_out, changed, vision_only=False)
-        return {name: float(loss) for name, (_, loss) in found.items()}
+        return mean_losses(student, tiny_model, held_out, settings)
 
     before = losses(cut_student(tiny_model, shape))
     after = losses(distil(tiny_model, tiny_tokenizer, corpus, SPEC, recipe))
@@ -74,11 +86,13 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(
 ) -> None:
     _, settings = distill.sections(load_recipe(tiny_recipe))
     batch = Batches(PhantomCorpus(frames, SPEC), tiny_tokenizer, SPEC, size=4, seed=1, context=640).batch(0)
-    with torch.no_grad():
-        found = _losses(tiny_model, tiny_model, batch, settings, vision_only=False)
-        seen = _losses(tiny_model, tiny_model, batch, settings, vision_only=True)
-    assert abs(float(found["logits"][1])) < 1e-5
-    assert float(found["embeds"][1]) == 0
+    matched = msgspec.structs.replace(settings, hidden_weight=1.0, router_weight=1.0)
+    found = mean_losses(tiny_model, tiny_model, batch, matched)
+    seen = mean_losses(tiny_model, tiny_model, batch, settings, vision_only=True)
+    for name in ("logits", "router"):
+        assert abs(found[name]) < 1e-5
+    assert found["embeds"] == 0
+    assert found["hidden"] < 1e-10
     assert set(seen) == {"embeds"}
 
 
@@ -111,7 +125,19 @@ def test_the_verb_writes_the_same_student_twice(
         assert (tmp_path / "first" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
     image = msgspec.json.decode((tmp_path / "first" / "preprocessor_config.json").read_bytes())
     assert image["max_pixels"] == 84 * 84
-    assert left_in(tmp_path) == ["first", "second"]
+    assert left_in(tmp_path) == ["first", "first.training", "second", "second.training"]
+    assert left_in(tmp_path / "first.training") == ["curves.html", "log.jsonl"]
+    logs = [(tmp_path / f"{name}.training" / "log.jsonl").read_bytes() for name in ("first", "second")]
+    assert logs[0] == logs[1]
+    steps = read_log(tmp_path / "first.training" / "log.jsonl")
+    assert [step.step for step in steps] == list(range(24))
+    assert [set(step.losses) for step in (steps[7], steps[8])] == [
+        {"embeds"},
+        {"embeds", "answers", "logits", "balance"},
+    ]
+    page = (tmp_path / "first.training" / "curves.html").read_text()
+    assert page.count("<svg") == 5  # the total beside them
+    assert "http" not in page.replace("http-equiv", "")
 
 
 def test_the_verb_renders_what_the_recipe_asks(
@@ -204,7 +230,9 @@ def test_what_goes_wrong_in_training_leaves_nothing_behind(
     )
     assert ran.status == 2, ran.err
     assert words in ran.err
-    assert left_in(tmp_path) == ["r.toml"]
+    assert not (tmp_path / "new" / "out").exists()
+    kept = tmp_path / "new" / "out.training"
+    assert not kept.exists() or set(left_in(kept)) <= {"log.jsonl", "run.json"}
 
 
 def test_a_dense_checkpoint_is_refused(
