@@ -72,6 +72,15 @@ def test_every_fault_is_found_and_named(pictures: Path) -> None:
     assert found.summary.startswith("entry that cannot be used: 2; empty answer: 1; missing file: 1")
 
 
+def test_json_lines_are_checked_as_a_list_is(pictures: Path) -> None:
+    entries = [entry("good", "1.png"), entry("gone", "gone.png"), {"id": "no image"}, entry("empty", "2.png", " ")]
+    lines = pictures / "cases.jsonl"
+    lines.write_text("\n\n".join(json.dumps(one) for one in entries) + "\n{broken\n")
+    found = check_files([lines])
+    assert [problem.kind for problem in found.problems].count(FAULTY) == 2
+    assert {problem.kind for problem in found.problems} == {MISSING, FAULTY, EMPTY}
+
+
 def test_pictures_that_sets_share_make_them_unusable(pictures: Path) -> None:
     train = write(pictures / "train.json", [entry("a", "1.png"), entry("b", "2.png")])
     test = write(pictures / "test.json", [entry("c", "again.jpg"), entry("d", "3.png")])
