@@ -22,7 +22,8 @@ FAINT = (0.95, 0.8, 0.65)  # what an outline from faint evidence needs at least
 LARGER = 1.12  # and by so much it is larger than the plain one
 KEPT = 0.96  # of which it keeps so much
 HALO = 0.15  # mean faint evidence about writing, from which on it is compression's
-LEAST_SUPPORT = 0.68
+MARGIN = 0.3  # of the tissue's width, about it: how far an outline may reach
+LEAST_SUPPORT = 0.68  # an outline about a piece that was joined has at least so much
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -34,13 +35,18 @@ class Found(msgspec.Struct, frozen=True):
     support: float  # of the rim that has something near
     share: float  # of the picture that is inside
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether no more evidence can do better."""
+        return all(has >= least for has, least in zip(_marks(self), CLEAR, strict=True))
+
 
 def find(kinds: Sequence[Evidence]) -> Found | None:
     """Return the outline that the evidence speaks for, faint evidence only where it adds; None without tissue."""
     plain = kinds[0]
     visible = np.asarray(np.where(plain.panels > 0, 0, plain.something), np.float32)
     best = _about_main(plain, visible)
-    if best is not None and all(has >= least for has, least in zip(_marks(best), CLEAR, strict=True)):
+    if best is not None and best.is_clear:
         return best
     for faint in kinds[1:]:
         found = _about_main(faint, visible)
@@ -112,8 +118,11 @@ def _fitted(something: Floats, visible: Floats, tissue: Mask, core: Mask, gap: f
     # what lies between pieces of tissue may well be dark tissue
     weights = np.where(tissue > 0, worth * something, 0) - EMPTY_COST * (1 - something) * np.where(between, gap, 1)
     weights = np.where(other, np.where(near, 0, -WRITING_COST), weights).astype(np.float32)
-    columns, rows = np.flatnonzero(tissue.any(axis=0)), np.flatnonzero(tissue.any(axis=1))
-    return fit(weights, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    x, y, wide, high = cv2.boundingRect(tissue)
+    first = max(0, x - round(MARGIN * wide) - 4)  # columns further away only take time
+    near_by = np.ascontiguousarray(weights[:, first : x + round((1 + MARGIN) * wide) + 4])
+    found = fit(near_by, (x - first, y, x - first + wide, y + high))
+    return msgspec.structs.replace(found, axis=found.axis + first)
 
 
 def _joined(something: Floats, changed: Mask, tissue: Mask, outline: Outline) -> Mask | None:

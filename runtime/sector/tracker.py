@@ -9,7 +9,7 @@ from sonoedge.runtime.sector.outline import Mask
 from sonoedge.runtime.sector.view import View, decide, sampled
 
 SAMPLED_PX = 160
-TRIES = (1, 2, 4, 8, 16)  # frames seen, after which an unsure search or a first finding is repeated
+TRIES = (1, 4, 16)  # frames seen, after which an unsure search or a first finding is repeated
 CHECK_EVERY = 10  # frames
 SAME = 0.96  # of the intersection over union: outlines this alike are one
 LOST = 0.03  # of what is thick has come to lie outside the outline: it has changed
@@ -32,7 +32,7 @@ class SectorTracker:
     @property
     def locked(self) -> bool:
         """Whether the sector is known and no longer refined."""
-        return self.view is not None and self._glimpses.frames >= TRIES[-1]
+        return self.view is not None and (self.view.clear or self._glimpses.frames >= TRIES[-1])
 
     def see(self, image: npt.NDArray[np.uint8], *, still: bool = False) -> View | None:
         """Return how to show a picture [height, width, 3]; None while the sector is unsure.
@@ -45,7 +45,7 @@ class SectorTracker:
         elif self._has_switched(sample) or (self.view is not None and not self.view.is_blank_outside(image)):
             self._search_again(image)
         self._sample = sample
-        if self._glimpses.frames < TRIES[-1]:
+        if self._glimpses.frames < TRIES[-1] and not self.locked:
             self._refine(image)
         else:
             self._since_check += 1
@@ -70,7 +70,7 @@ class SectorTracker:
 
     def _refine(self, image: npt.NDArray[np.uint8]) -> None:
         self._glimpses.add(thumb_of(grey_of(image)))
-        if self._glimpses.frames not in TRIES or (self.view is not None and self.view.blank is not None):
+        if self._glimpses.frames not in TRIES:
             return
         found = decide(self._glimpses, image)
         if found is not None and (self.view is None or _alike(found, self.view) < SAME):

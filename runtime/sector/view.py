@@ -36,6 +36,7 @@ class View(msgspec.Struct, frozen=True, eq=False):
     blank: Mask | None  # [height, width] 255 where a whole picture must stay blank; None: nowhere
     ground: int
     allowed: Mask  # [height, width] 255 where the sector is
+    clear: bool = True  # more frames would not tell more
 
     def is_blank_outside(self, image: npt.NDArray[np.uint8]) -> bool:
         """Whether a picture that is shown whole still holds nothing beside its sector."""
@@ -83,12 +84,14 @@ def decide(glimpses: Glimpses, image: npt.NDArray[np.uint8]) -> View | None:
     bare = whole(image.shape, blank, plain.ground, outline)
     if bare.is_blank_outside(image):
         return bare
-    if outline is None:
+    if outline is None or found is None:
         return None
     mask = outline.mask(height, width)
     x, y, wide, high = cv2.boundingRect(mask)
     inside = cv2.merge([mask[y : y + high, x : x + wide]] * 3)
-    return View(outline, (x, y, x + wide, y + high), np.asarray(inside, np.uint8), None, plain.ground, mask)
+    return View(
+        outline, (x, y, x + wide, y + high), np.asarray(inside, np.uint8), None, plain.ground, mask, found.is_clear
+    )
 
 
 def cells_of(view: View, height: int, width: int) -> npt.NDArray[np.int32]:

@@ -1,4 +1,4 @@
-"""Frames become their sector alone, and what is wrong with them is said: on screens and bad frames made with seeds."""
+"""Frames become their sector alone: on screens made with seeds, on recordings, on what is no ultrasound at all."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +11,9 @@ import pydicom.data
 import pytest
 
 from sonoedge.calibration.phantom import QUALITIES, phantom, phantom_clip
-from sonoedge.calibration.phantom.bad import black, in_air, poor_contact
 from sonoedge.calibration.phantom.screen import screen
 from sonoedge.runtime.frame import Frame
-from sonoedge.runtime.frame_gate import BLACK, IN_AIR, POOR_CONTACT
+from sonoedge.runtime.frame_gate import BLACK, IN_AIR
 from sonoedge.runtime.sector.outline import Outline
 from sonoedge.runtime.sector.tracker import SectorTracker
 from sonoedge.runtime.sight import FROZEN, LOOKING, Eye
@@ -178,46 +177,6 @@ def test_noise_everywhere_is_its_own_sector() -> None:
     sight = Eye().see(frame(image))
     assert sight.poor is None
     assert np.array_equal(sight.frame.image, image)
-
-
-def test_bad_frames_on_a_known_sector_are_called_so_and_do_not_flicker() -> None:
-    eye, said = Eye(), []
-    clip = [made.image for made in phantom_clip(1, 6, quality="good")]
-    dark = [np.zeros_like(clip[0])] * 6
-    for number, image in enumerate([*clip, clip[0] // 2, dark[0], *clip, *dark, *clip]):
-        said.append(eye.see(frame(image, number)).poor)
-    assert said[:16] == [None] * 16  # one dark frame changes nothing
-    assert said[18] == BLACK
-    assert said[-1] is None
-
-
-@pytest.mark.parametrize(("make", "words", "least"), [(in_air, IN_AIR, 10), (black, BLACK, 20)])
-def test_bad_first_frames_are_called_so(make: object, words: str, least: int) -> None:
-    assert callable(make)
-    said = [Eye().see(frame(make(seed).image, still=True)).poor for seed in range(20)]
-    assert said.count(words) >= least
-
-
-def test_poor_contact_is_told_once_the_sector_is_known() -> None:
-    found = 0
-    for seed in range(6):
-        eye = Eye()
-        lost = poor_contact(seed, lost=0.7)
-        lit = np.random.default_rng(seed).integers(40, 200, (*lost.image.shape[:2], 1), np.uint8).repeat(3, axis=2)
-        for number in range(20):
-            eye.see(frame(np.roll(lit, number, axis=1) * lost.geometry.field[:, :, None], number))
-        said = [eye.see(frame(lost.image + np.uint8(0), 20 + number)).poor for number in range(4)]
-        found += said[-1] == POOR_CONTACT
-    assert found >= 5
-
-
-def test_a_freeze_is_told_of_live_feeds_alone() -> None:
-    image = phantom(4).image
-    for still, last in ((False, FROZEN), (True, None)):
-        eye = Eye()
-        said = [eye.see(frame(image, number, still=still)).poor for number in range(30)]
-        assert said[:24] == [None] * 24
-        assert said[-1] == last
 
 
 def test_pictures_know_that_they_are_still(tmp_path: Path) -> None:
