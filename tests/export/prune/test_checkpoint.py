@@ -245,7 +245,7 @@ def test_merged_experts_lose_less_than_dropped_ones(
     before = reference_logits(tiny_checkpoint, batches)
     lost = {}
     for method in ("drop", "merge"):
-        shape = StudentShape(experts=2, expert_method=method, importance="measured")  # type: ignore[arg-type]
+        shape = StudentShape(experts=2, expert_method=method, importance="measured")
         prune_checkpoint(tiny_checkpoint, asking(recipe, shape), corpus, tmp_path / method)
         after = reference_logits(tmp_path / method, batches)
         lost[method] = float(np.mean([float((a - b).square().mean()) for a, b in zip(after, before, strict=True)]))
