@@ -81,8 +81,8 @@ def answers(model: EchoVLM, batch: Batch) -> Tensor:
 
 def distance(spoken: Tensor, said: Tensor) -> tuple[float, float]:
     """KL(teacher || student) in nats, and the share of tokens whose likeliest next token is the same."""
-    found, wanted = (functional.log_softmax(logits.double(), dim=-1) for logits in (spoken, said))
-    kl = functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
+    student, teacher = (functional.log_softmax(logits.double(), dim=-1) for logits in (spoken, said))
+    kl = functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
     return float(kl), float((spoken.argmax(-1) == said.argmax(-1)).double().mean())
 
 

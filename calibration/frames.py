@@ -47,8 +47,8 @@ class Frames:
             raise SonoEdgeError(
                 f"the data {path} does not exist: name a conversation file (.json), a picture, a DICOM file or a folder"
             )
-        files = sorted(_files(path), key=_natural) if path.is_dir() else [path]
-        self._clip_lengths = {file: length for file in files if _is_dicom(file) and (length := _clip_length(file))}
+        files = sorted(visible_files(path), key=natural_order) if path.is_dir() else [path]
+        self._clip_lengths = {file: length for file in files if is_dicom(file) and (length := _clip_length(file))}
         self._places = [place for file in files for place in self._places_in(file)]
         self._clip: tuple[Path, tuple[Picture, ...]] | None = None
         if not self._places:
@@ -85,14 +85,14 @@ class Frames:
             yield _Place(file, None)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def visible_files(folder: Path) -> Iterator[Path]:
     """Every file below `folder` that is not hidden."""
     for path in folder.rglob("*"):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
     """Scanners often write files without an ending, so what a file begins with counts too."""
     if path.suffix.lower() in DICOM:
         return True
@@ -131,7 +131,7 @@ def _read_clip(path: Path, length: int) -> tuple[Picture, ...]:
     return pictures
 
 
-def _natural(path: Path) -> list[tuple[bool, int, str]]:
+def natural_order(path: Path) -> list[tuple[bool, int, str]]:
     """frame_2 comes before frame_10."""
     return [
         (not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", str(path))

@@ -178,7 +178,7 @@ def _activations(shape: ModelShape, sizes: _Sizes, value_bytes: int) -> int:
     vision = 0
     if shape.vision is not None:
         patches = sizes.image_tokens * shape.vision.merge**2
-        inner = max(3 * shape.vision.width, 2 * shape.vision.mlp_width)
+        inner = max(3 * shape.vision.width, (3 if shape.vision.gated else 2) * shape.vision.mlp_width)
         vision = patches * (2 * shape.vision.width + inner) + shape.vision.heads * patches**2
         vision += sizes.image_tokens * shape.hidden
     return (decoder + vision) * value_bytes

@@ -47,7 +47,11 @@ class Experts(msgspec.Struct, frozen=True):
 
 
 class VisionShape(msgspec.Struct, frozen=True):
-    """Sizes of the vision tower; `mergers` is how many times merged patches are brought to the decoder's width."""
+    """Sizes of the vision tower; `mergers` is how many times merged patches are brought to the decoder's width.
+
+    gated: as Qwen2.5-VL has it, three matrices a feed-forward and norms without biases. Its windows are not counted:
+    graphs multiply every pair of patches and mask those of other windows.
+    """
 
     layers: int
     width: int
@@ -56,6 +60,7 @@ class VisionShape(msgspec.Struct, frozen=True):
     patch_values: int
     merge: int = 2
     mergers: int = 1
+    gated: bool = False
 
     @property
     def merged_width(self) -> int:
@@ -164,7 +169,7 @@ def vision_matrices(shape: ModelShape) -> list[Matrix]:
 def block_matrices(vision: VisionShape) -> list[Matrix]:
     """The matrices of one block of the vision tower."""
     width, inner = vision.width, vision.mlp_width
-    return [(3 * width, width), (width, width), (inner, width), (width, inner)]
+    return [(3 * width, width), (width, width), (2 * inner if vision.gated else inner, width), (width, inner)]
 
 
 def merger_matrices(shape: ModelShape) -> list[Matrix]:
@@ -198,6 +203,7 @@ def _vectors(shape: ModelShape) -> int:
 def _vision_vectors(shape: ModelShape) -> int:
     vision = shape.vision
     assert vision is not None  # asked only where there is one
-    block = 4 * vision.width + 3 * vision.width + vision.width + vision.mlp_width + vision.width
-    merger = 2 * vision.width + vision.merged_width + shape.hidden
+    norm, inner = (vision.width, 2 * vision.mlp_width) if vision.gated else (2 * vision.width, vision.mlp_width)
+    block = 2 * norm + 3 * vision.width + vision.width + inner + vision.width
+    merger = norm + vision.merged_width + shape.hidden
     return vision.layers * block + vision.mergers * merger

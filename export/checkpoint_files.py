@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -21,14 +21,27 @@ Count = Annotated[int, msgspec.Meta(gt=0)]
 Deviation = Annotated[float, msgspec.Meta(gt=0)]
 
 
+class _Edges(msgspec.Struct):
+    """Bounds of the pixels of a picture, whatever the names say."""
+
+    shortest_edge: Count = 4 * 28 * 28
+    longest_edge: Count = ECHOVLM_MAX_PIXELS
+
+
+class _Sized(msgspec.Struct):
+    """Where transformers writes the bounds a second time, or alone."""
+
+    size: _Edges = msgspec.field(default_factory=_Edges)
+
+
 class _Preprocessor(msgspec.Struct):
     """The keys of preprocessor_config.json that fix the patches."""
 
+    min_pixels: Count
+    max_pixels: Count
     patch_size: Count = 14
     temporal_patch_size: Count = 2
     merge_size: Count = 2
-    min_pixels: Count = 4 * 28 * 28
-    max_pixels: Count = ECHOVLM_MAX_PIXELS
     image_mean: tuple[float, float, float] = ImageSpec().mean
     image_std: tuple[Deviation, Deviation, Deviation] = ImageSpec().std
 
@@ -54,7 +67,12 @@ def image_spec(checkpoint: Path) -> ImageSpec:
     """How the checkpoint wants its pictures; raises SonoEdgeError when preprocessor_config.json is wrong."""
     path = checkpoint / "preprocessor_config.json"
     try:
-        read = msgspec.json.decode(path.read_bytes(), type=_Preprocessor) if path.exists() else _Preprocessor()
+        tree = msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.exists() else {}
+        # transformers' quick processors write null for bounds that stand under `size` alone.
+        given = {key: value for key, value in tree.items() if value is not None}
+        edges = msgspec.convert(given, _Sized).size
+        bounds = {"min_pixels": edges.shortest_edge, "max_pixels": edges.longest_edge}
+        read = msgspec.convert(bounds | given, _Preprocessor)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SonoEdgeError(f"{path} cannot be read ({error}): copy it from the checkpoint again") from error
     smallest = (read.patch_size * read.merge_size) ** 2

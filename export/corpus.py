@@ -13,15 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sonoedge.calibration.case_pictures import read_case_picture
 from sonoedge.calibration.conversations import IMAGE_MARK, Conversation, read_conversations
 from sonoedge.calibration.frames import Frames
+from sonoedge.calibration.labelled_folder import is_labelled, read_labelled
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.lessons import branches
 from sonoedge.export.packing import Branch, Grid, PackedBatch, Packer
 from sonoedge.export.possible_answers import possible_branches
 from sonoedge.runtime.preprocess import ImageSpec, Patches, preprocess
-from sonoedge.runtime.sources.pictures import read_picture
 from sonoedge.runtime.tokens import Tokenizer
 
 
@@ -106,9 +107,21 @@ class ConversationCorpus:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:  # noqa: ARG002 (a file's cases do not vary)
         case = self._cases[index]
-        images = tuple(_patches(read_picture(Path(path)), path, self._spec) for path in case.image)
+        images = tuple(_patches(read_case_picture(Path(path)), path, self._spec) for path in case.image)
         asked = tuple(Branch(question.replace(IMAGE_MARK, "").strip(), answer) for question, answer in case.exchanges)
         return Sample(images, asked, f"case {case.id!r} of {self._path}", case.shown)
+
+
+class LabelledCorpus(ConversationCorpus):
+    """The pictures of a folder with a folder for each class, each asked for its class."""
+
+    def __init__(self, path: Path, spec: ImageSpec) -> None:
+        self._cases = read_labelled(path)
+        self._path, self._spec = path, spec
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(Path(image) for case in self._cases for image in case.image)
 
 
 class FrameCorpus:
@@ -219,10 +232,11 @@ class Batches:
             yield step, self.batch(step)
 
 
-def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None) -> Corpus:
+def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None, *, labelled: bool = False) -> Corpus:
     """The corpus that `data` names: "phantoms" (from `pool`), a .json file of conversations, or frames.
 
-    Frames are a picture, a DICOM file or a folder of either. Raises SonoEdgeError for data that holds no sample.
+    Frames are a picture, a DICOM file or a folder of either; labelled: pictures in a folder for each class are asked
+    for the class instead, which a model can learn. Raises SonoEdgeError for data that holds no sample.
     """
     if data == "phantoms":
         assert pool is not None  # rendered by the caller, who knows the seeds
@@ -230,4 +244,6 @@ def open_corpus(data: str, spec: ImageSpec, pool: PhantomPool | None) -> Corpus:
     path = Path(data)
     if path.suffix.lower() == ".json":
         return ConversationCorpus(path, spec)
+    if labelled and is_labelled(path):
+        return LabelledCorpus(path, spec)
     return FrameCorpus(Frames(path), spec)

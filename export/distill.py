@@ -152,7 +152,7 @@ def run(checkpoint: Path, recipe: str | None, data: str, out: Path, as_json: boo
     spec = image_spec(checkpoint)
     with TemporaryDirectory(prefix="sonoedge-") as work:
         pool = distillation_pool(Path(work), spec, settings) if data == "phantoms" else None
-        corpus = open_corpus(data, spec, pool)
+        corpus = open_corpus(data, spec, pool, labelled=True)
         if not corpus.answered:
             raise SonoEdgeError(f"--data {data}: frames without answers teach nothing: give conversations, or phantoms")
         student = distil(teacher, tokenizer, corpus, spec, settings)

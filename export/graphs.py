@@ -20,6 +20,7 @@ from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import empty_model
 from sonoedge.export.models.rope import VISION_THETA, mrope_tables
+from sonoedge.export.models.vision_reach import reach_by_mask
 from sonoedge.export.scheme import CacheScheme
 
 OPSET = 21
@@ -37,7 +38,7 @@ class VisionGraph(nn.Module):
     def forward(self, patches: Tensor, places: Tensor) -> Tensor:
         frequency: Tensor = self.frequency  # type: ignore[assignment]  # a buffer is typed Tensor | Module
         angles = (places.to(torch.float32).unsqueeze(-1) * frequency).flatten(1)  # [n, head_dim / 2]
-        encoded: Tensor = self.tower(patches, angles.cos(), angles.sin())
+        encoded: Tensor = self.tower(patches, angles.cos(), angles.sin(), reach_by_mask(places, self.tower.config))
         return encoded
 
 

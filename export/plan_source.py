@@ -123,6 +123,7 @@ def shape_of(config: ModelConfig) -> ModelShape:
             mlp_width=vision.mlp_size,
             patch_values=vision.patch_values,
             merge=vision.spatial_merge_size,
+            gated=vision.windows is not None,
         ),
     )
 
@@ -181,6 +182,7 @@ def _shape_in(matrices: Mapping[str, _Matrix], manifest: Manifest, vision_head_d
     blocks = [name for name in matrices if name.startswith("visual.blocks.") and ".attn.proj.weight" in name]
     first = min(int(name.split(".")[2]) for name in blocks)
     width = size(f"visual.blocks.{first}.attn.proj")
+    gated = size(f"visual.blocks.{first}.mlp.gate_proj")
     shared = size("model.layers.0.moe.shared_expert.gate_proj")
     return ModelShape(
         hidden=spec.hidden,
@@ -196,9 +198,10 @@ def _shape_in(matrices: Mapping[str, _Matrix], manifest: Manifest, vision_head_d
             layers=len({name.split(".")[2] for name in blocks}),
             width=width,
             heads=width // vision_head_dim,
-            mlp_width=size(f"visual.blocks.{first}.mlp.fc1"),
+            mlp_width=gated or size(f"visual.blocks.{first}.mlp.fc1"),
             patch_values=size("visual.patch_embed.proj", axis=1),
             merge=image.merge_size,
+            gated=bool(gated),
         ),
     )
 

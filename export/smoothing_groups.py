@@ -1,6 +1,6 @@
 """Where SmoothQuant can move factors in an EchoVLM so that its function stays the same: who makes, who reads a channel.
 
-Nothing moves through the vision tower's quick-GELU (fc2, merger.mlp.2), nor into the patches (patch_embed).
+Nothing moves through a quick-GELU or GELU of the vision tower (fc2, merger.mlp.2), nor into the patches (patch_embed).
 """
 
 from __future__ import annotations
@@ -69,17 +69,19 @@ def smoothing_groups(config: ModelConfig) -> dict[str, tuple[SmoothingGroup, ...
 
 
 def _vision_block(block: str, config: VisionConfig) -> tuple[SmoothingGroup, ...]:
-    width = config.embed_dim
+    width, gated = config.embed_dim, config.windows is not None
     values = [Producer(f"{block}.attn.qkv.{part}", 2 * width, 3 * width) for part in ("weight", "bias")]
+    readers = [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"] if gated else [f"{block}.mlp.fc1"]
     return (
-        _norm(f"{block}.norm1", width, [f"{block}.attn.qkv"], bias=True),
+        _norm(f"{block}.norm1", width, [f"{block}.attn.qkv"], bias=not gated),
         SmoothingGroup(f"{block}.attn.qkv", width, tuple(values), (f"{block}.attn.proj.weight",)),
-        _norm(f"{block}.norm2", width, [f"{block}.mlp.fc1"], bias=True),
+        _norm(f"{block}.norm2", width, readers, bias=not gated),
+        *((_swiglu(f"{block}.mlp", config.mlp_size, bias=True),) if gated else ()),
     )
 
 
 def _merger(merger: str, config: VisionConfig) -> tuple[SmoothingGroup, ...]:
-    norm = _norm(f"{merger}.ln_q", config.embed_dim, [f"{merger}.mlp.0"], bias=True)
+    norm = _norm(f"{merger}.ln_q", config.embed_dim, [f"{merger}.mlp.0"], bias=config.windows is None)
     return (msgspec.structs.replace(norm, repeats=config.spatial_merge_size**2),)
 
 
@@ -117,10 +119,12 @@ def _values(attention: str, config: ModelConfig) -> SmoothingGroup:
     )
 
 
-def _swiglu(swiglu: str, width: int) -> SmoothingGroup:
+def _swiglu(swiglu: str, width: int, *, bias: bool = False) -> SmoothingGroup:
     """up_proj to down_proj: the gate's SiLU multiplies what up makes, so factors of up pass through."""
     made = f"{swiglu}.up_proj"
-    return SmoothingGroup(made, width, (Producer(f"{made}.weight"),), (f"{swiglu}.down_proj.weight",))
+    parts = ("weight", "bias") if bias else ("weight",)
+    producers = tuple(Producer(f"{made}.{part}") for part in parts)
+    return SmoothingGroup(made, width, producers, (f"{swiglu}.down_proj.weight",))
 
 
 def _head(config: ModelConfig) -> tuple[SmoothingGroup, ...]:

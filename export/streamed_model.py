@@ -20,6 +20,7 @@ from sonoedge.export.models.echovlm import DecoderLayer
 from sonoedge.export.models.layers import RMSNorm
 from sonoedge.export.models.rope import Grid, mrope_tables, vision_tables
 from sonoedge.export.models.vision import PatchEmbed, PatchMerger, VisionBlock
+from sonoedge.export.models.vision_reach import reach_of
 from sonoedge.export.routed_moe import RoutedMoE
 from sonoedge.export.weights import Weights
 from sonoedge.progress import track
@@ -125,15 +126,18 @@ def _embed(weights: Weights, passages: Sequence[Passage]) -> None:
 def _vision_stages(config: ModelConfig) -> list[_Stage]:
     vision = config.vision
 
-    def attend(block: nn.Module, passage: Passage, _note: NoteCache) -> Tensor:
+    def attend(block: nn.Module, passage: Passage, _note: NoteCache, index: int) -> Tensor:
         cos, sin = vision_tables(passage.grids, vision, passage.x.device)
-        frames = [rows * columns for count, rows, columns in passage.grids for _ in range(count)]
-        result: Tensor = block(passage.x, cos, sin, frames)
+        reach = reach_of(passage.grids, vision, passage.x.device)
+        result: Tensor = block(passage.x, cos, sin, reach.of(index, vision))
         return result
 
     return [
         _Stage("visual.patch_embed", partial(PatchEmbed, vision), _apply),
-        *(_Stage(f"visual.blocks.{index}", partial(VisionBlock, vision), attend) for index in range(vision.depth)),
+        *(
+            _Stage(f"visual.blocks.{index}", partial(VisionBlock, vision), partial(attend, index=index))
+            for index in range(vision.depth)
+        ),
         _Stage("visual.merger", partial(PatchMerger, vision), _apply),
     ]
 

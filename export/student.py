@@ -12,11 +12,11 @@ from sonoedge.errors import SonoEdgeError
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import empty_model
-from sonoedge.export.prune.axes import VOCABULARY, along
+from sonoedge.export.prune.axes import VISION_LAYERS, VOCABULARY, along
 from sonoedge.export.prune.cutting import cuts
-from sonoedge.export.prune.importance import Importance, choose
+from sonoedge.export.prune.importance import Importance, choose, kept_of
 from sonoedge.export.prune.section import StudentShape
-from sonoedge.export.prune.sizes import student_config
+from sonoedge.export.prune.sizes import student_config, with_kept_blocks
 from sonoedge.export.prune.target import fill, over_parameters
 from sonoedge.export.prune.vocabulary import TOKEN_ID_FIELDS
 from sonoedge.export.prune.weight_scores import memory_pieces, weight_importance
@@ -36,8 +36,9 @@ def cut_student(teacher: EchoVLM, shape: StudentShape, importance: Importance | 
     state = {key: tensor.detach() for key, tensor in teacher.state_dict().items()}
     if importance is None:
         importance = weight_importance(config, memory_pieces(state), student_sizes)
-    student = empty_model(student_sizes)
-    taken = cuts(student.state_dict(), config, choose(importance, config, student_sizes), importance)
+    kept = choose(importance, config, student_sizes)
+    student = empty_model(with_kept_blocks(student_sizes, kept_of(kept, VISION_LAYERS, config.vision.depth)))
+    taken = cuts(student.state_dict(), config, kept, importance)
     for key, cut in taken.items():
         owner, _, name = key.rpartition(".")
         weight = nn.Parameter(cut.taken(0, state[cut.source].cpu()))

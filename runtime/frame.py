@@ -19,3 +19,4 @@ class Frame(msgspec.Struct, frozen=True):
     source: str
     sector: tuple[int, int, int, int] | None = None
     flipped: bool | None = None  # left for right, where the feed knows; None: it does not
+    still: bool = False  # given for itself, a picture or one of a folder: that it does not change is no freeze

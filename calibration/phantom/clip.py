@@ -35,13 +35,20 @@ def phantom_clip(
     """
     if not fps > 0:
         raise SonoEdgeError(f"phantom clip fps {fps} is not positive; use the frames a second of the clip, such as 30")
-    made = scene(
+    return clip_of(clip_scene(seed, size=size, region=region, kind=kind, quality=quality), frames, fps)
+
+
+def clip_scene(
+    seed: int, *, size: int = 224, region: str | None = None, kind: Kind = None, quality: str | None = None
+) -> Scene:
+    """Draw the scene of a clip; raises SonoEdgeError as `phantom` does."""
+    return scene(
         seed, size=size, region=region, kind=kind, quality=quality, margin=lesions.SIDE_MARGIN + _MOTION_MARGIN
     )
-    return _frames(made, frames, fps)
 
 
-def _frames(made: Scene, frames: int, fps: float) -> Iterator[Phantom]:
+def clip_of(made: Scene, frames: int, fps: float) -> Iterator[Phantom]:
+    """Yield the frames of one moving scene."""
     size = made.canvas.size
     rng, probe = made.rng, made.geometry
     motion = Motion.draw(made)

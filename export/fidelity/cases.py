@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +10,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from sonoedge.calibration.case_pictures import read_case_picture
 from sonoedge.calibration.conversations import IMAGE_MARK, read_conversations
 from sonoedge.calibration.phantom_text import closed_questions, report, report_phrasings, truth_fields
 from sonoedge.calibration.pool import PhantomPool
+from sonoedge.calibration.questions import guess_language
 from sonoedge.runtime.hints import LANGUAGES, load_schema
-from sonoedge.runtime.sources.pictures import read_picture
 
 CLOSED, REPORT, CONVERSATION = "closed", "report", "conversation"
 FREE_TEXT = (REPORT, CONVERSATION)  # the tasks whose answers are texts to be scored word by word
@@ -100,7 +100,7 @@ class ConversationCases:
         )
         return Case(
             name=str(case.id),
-            images=tuple(read_picture(Path(path)) for path in case.image),
+            images=tuple(read_case_picture(Path(path)) for path in case.image),
             language=guess_language(_joined(asked)),
             asked=asked,
         )
@@ -122,8 +122,3 @@ class PartOf:
 
 def _joined(asked: Sequence[Asked]) -> str:
     return " ".join(question.text for question in asked)
-
-
-def guess_language(question: str) -> str:
-    """Return "zh" for a question with Chinese characters, else "en"."""
-    return "zh" if re.search(r"[\u3400-\u9fff\uf900-\ufaff]", question) else "en"

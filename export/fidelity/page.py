@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 
 import cv2
+import numpy as np
+import numpy.typing as npt
 
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export.fidelity import build_sections, sections
@@ -66,28 +68,35 @@ def report_html(fidelity: Fidelity, cases: Cases | None = None) -> str:
         build_sections.schemes(fidelity),
         build_sections.routing(fidelity),
     )
+    return document(f"Fidelity of {fidelity.shipped}", parts)
+
+
+def document(title: str, parts: Sequence[Html], style: str = "") -> str:
+    """A whole page of sections; `style` adds to the pages' own."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Fidelity of {escape(fidelity.shipped)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
 
 
+def inline_picture(image: npt.NDArray[np.uint8], name: str) -> Html:
+    """A picture [H, W, 3], small, inside the page itself; raises SonoEdgeError when it cannot be encoded."""
+    height, width = image.shape[:2]
+    scale = min(1.0, PICTURE_PX / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = image if scale == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    done, png = cv2.imencode(".png", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise SonoEdgeError(f"{name}: a picture cannot be encoded as PNG: reinstall opencv")
+    data = base64.b64encode(png.tobytes()).decode()
+    return Html(f'<img src="data:image/png;base64,{data}" alt="{escape(name)}">')
+
+
 def _pictures(cases: Cases, index: int) -> Sequence[Html]:
-    """The pictures of a case, small, inside the page itself."""
+    """The pictures of a case."""
     case = cases[index]
-    shown = []
-    for number, image in enumerate(case.images):
-        height, width = image.shape[:2]
-        scale = min(1.0, PICTURE_PX / max(height, width))
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        small = image if scale == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        done, png = cv2.imencode(".png", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-        if not done:
-            raise SonoEdgeError(f"{case.name}: picture {number} cannot be encoded as PNG: reinstall opencv")
-        data = base64.b64encode(png.tobytes()).decode()
-        shown.append(Html(f'<img src="data:image/png;base64,{data}" alt="{escape(case.name)}">'))
-    return shown
+    return [inline_picture(image, case.name) for image in case.images]

@@ -1,4 +1,6 @@
-"""BLEU-1 and ROUGE-1 of answers: English in words, Chinese in characters, each scored by its standard library.
+"""BLEU and ROUGE of answers: English in words, Chinese in characters, each counted by its standard library.
+
+A text's counts are kept apart from the score of many, so that what is reported once can be resampled a thousand times.
 
 Sources: K. Papineni et al., "BLEU" (ACL 2002), as sacrebleu computes it; C.-Y. Lin, "ROUGE" (2004), as rouge-score
 computes it.
@@ -6,9 +8,12 @@ computes it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer as RougeTokenizer
 from sacrebleu.metrics.bleu import BLEU
@@ -43,19 +48,50 @@ class _Characters(RougeTokenizer):  # type: ignore[misc]  # the library is untyp
         return tokens
 
 
+ORDERS = 4  # BLEU's longest n-grams
+ROUGE = ("rouge1", "rougeL")
+STATISTICS = 2 * ORDERS + 2 + len(ROUGE)
+
+
+def text_statistics(text: str, wanted: Sequence[str], language: str) -> npt.NDArray[np.float64]:
+    """What one text adds to the scores of many: [12], against one or more wordings, the closest of which counts.
+
+    Matching n-grams of 1 to 4, all n-grams of 1 to 4, tokens, tokens wanted, then the F-measures of ROUGE-1 and ROUGE-L
+    (0 to 1). language: a key of TOKENIZATION.
+    """
+    bleu, rouge = _scorers(language)
+    counted = bleu.sentence_score(text, list(wanted))
+    measures = rouge.score_multi(list(wanted), text)
+    lengths = [counted.sys_len, counted.ref_len]
+    return np.array([*counted.counts, *counted.totals, *lengths, *(measures[name].fmeasure for name in ROUGE)])
+
+
+def bleu(sums: npt.NDArray[np.float64], order: int) -> float:
+    """BLEU-`order` in points of texts whose statistics [12] were added up: uniform weights, with brevity penalty."""
+    counts = [int(value) for value in sums[: 2 * ORDERS + 2]]
+    score = BLEU.compute_bleu(
+        counts[:order],
+        counts[ORDERS : ORDERS + order],
+        sys_len=counts[2 * ORDERS],
+        ref_len=counts[2 * ORDERS + 1],
+        smooth_method="exp",
+        max_ngram_order=order,
+    )
+    return float(score.score)
+
+
 def score_texts(texts: Sequence[str], wanted: Sequence[Sequence[str]], language: str) -> TextScore:
     """Score at least one text, each against one or more wordings of what it should say, the closest of which counts.
 
     language: a key of TOKENIZATION.
     """
-    bleu = BLEU(max_ngram_order=1, tokenize=_BLEU_TOKENIZER[language])
-    rouge = RougeScorer(["rouge1"], tokenizer=_Characters() if language == "zh" else None)
-    measures = [rouge.score_multi(right, text)["rouge1"].fmeasure for text, right in zip(texts, wanted, strict=True)]
-    # sacrebleu takes the first wording of every text, then the second of every text: where there is none, the first.
-    streams = [
-        [right[index] if index < len(right) else right[0] for right in wanted] for index in range(max(map(len, wanted)))
-    ]
-    return TextScore(
-        bleu1=float(bleu.corpus_score(list(texts), streams).score),
-        rouge1=100 * sum(measures) / len(measures),
-    )
+    rows = [text_statistics(text, right, language) for text, right in zip(texts, wanted, strict=True)]
+    sums = np.sum(rows, axis=0)
+    return TextScore(bleu1=bleu(sums, 1), rouge1=float(100 * sums[2 * ORDERS + 2] / len(rows)))
+
+
+@functools.cache
+def _scorers(language: str) -> tuple[BLEU, RougeScorer]:
+    tokenizer = _Characters() if language == "zh" else None
+    # effective_order: only so that the library does not warn of single sentences, whose own score is not used.
+    return BLEU(tokenize=_BLEU_TOKENIZER[language], effective_order=True), RougeScorer(ROUGE, tokenizer=tokenizer)

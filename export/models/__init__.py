@@ -1,1 +1,1 @@
-"""EchoVLM and dense Qwen2-VL in plain PyTorch: one definition for distillation, calibration and graph export."""
+"""EchoVLM, Qwen2-VL and Qwen2.5-VL in plain PyTorch: one definition for distillation, calibration and graph export."""

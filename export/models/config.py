@@ -1,4 +1,4 @@
-"""What a Qwen2-VL or EchoVLM checkpoint is: its sizes, as frozen structs with the names that config.json uses."""
+"""What an EchoVLM, Qwen2-VL or Qwen2.5-VL checkpoint is: its sizes, as frozen structs with the names of config.json."""
 
 from typing import Annotated
 
@@ -8,15 +8,30 @@ from sonoedge.errors import SonoEdgeError
 
 Count = Annotated[int, msgspec.Meta(gt=0)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
+BlockIndex = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 ECHOVLM = "Qwen2VLMOEForConditionalGeneration"
 QWEN2_VL = "Qwen2VLForConditionalGeneration"
+QWEN2_5_VL = "Qwen2_5_VLForConditionalGeneration"
 DEFAULT_EXPERTS = 4  # the released config class hard-codes it, so a config.json may leave the number out
 
 
+class WindowConfig(msgspec.Struct, frozen=True):
+    """What Qwen2.5-VL's tower has beyond Qwen2-VL's; defaults are those of transformers' Qwen2_5_VLVisionConfig."""
+
+    intermediate_size: Count = 3420  # of the gated feed-forwards
+    window_size: Count = 112  # pixels of a window's side
+    fullatt_block_indexes: tuple[BlockIndex, ...] = (7, 15, 23, 31)  # blocks that attend the whole picture
+    tokens_per_second: Positive = 4  # of video, which is not read here; what is written still says it
+
+
 class VisionConfig(msgspec.Struct, frozen=True):
-    """Sizes of the vision tower; defaults are those of transformers' Qwen2VLVisionConfig."""
+    """Sizes of the vision tower; defaults are those of transformers' Qwen2VLVisionConfig.
+
+    `windows` is None for Qwen2-VL's tower. Qwen2.5-VL's config.json calls embed_dim and hidden_size otherwise:
+    hidden_size and out_hidden_size.
+    """
 
     depth: Count = 32
     embed_dim: Count = 1280
@@ -27,6 +42,7 @@ class VisionConfig(msgspec.Struct, frozen=True):
     patch_size: Count = 14
     temporal_patch_size: Count = 2
     spatial_merge_size: Count = 2
+    windows: WindowConfig | None = None
 
     @property
     def patch_values(self) -> int:
@@ -39,7 +55,19 @@ class VisionConfig(msgspec.Struct, frozen=True):
 
     @property
     def mlp_size(self) -> int:
-        return int(self.embed_dim * self.mlp_ratio)
+        return int(self.embed_dim * self.mlp_ratio) if self.windows is None else self.windows.intermediate_size
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of a window's side, whole merge blocks; 0 where nothing is attended in windows."""
+        if self.windows is None:
+            return 0
+        merge = self.spatial_merge_size
+        return self.windows.window_size // merge // self.patch_size * merge
+
+    def attends_fully(self, block: int) -> bool:
+        """Whether the patches of a picture attend all of it in this block, not only their window."""
+        return self.windows is None or block in self.windows.fullatt_block_indexes
 
 
 class MoEConfig(msgspec.Struct, frozen=True):
@@ -53,7 +81,7 @@ class MoEConfig(msgspec.Struct, frozen=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True):
-    """Everything that fixes the computation of a checkpoint; `moe` is None for dense Qwen2-VL."""
+    """Everything that fixes the computation of a checkpoint; `moe` is None for dense Qwen2-VL and Qwen2.5-VL."""
 
     vocab_size: Count
     hidden_size: Count
@@ -79,6 +107,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
     @property
     def architecture(self) -> str:
         """The class name that the checkpoint's config.json carries."""
+        if self.vision.windows is not None:
+            return QWEN2_5_VL
         return QWEN2_VL if self.moe is None else ECHOVLM
 
     @property
@@ -87,9 +117,11 @@ class ModelConfig(msgspec.Struct, frozen=True):
 
     def check(self) -> None:
         """Raise SonoEdgeError when sizes contradict each other."""
+        windowed = self.vision.windows is not None
+        inner, outer = ("hidden_size", "out_hidden_size") if windowed else ("embed_dim", "hidden_size")
         _divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
         _divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
-        _divides("vision_config.num_heads", self.vision.num_heads, "vision_config.embed_dim", self.vision.embed_dim)
+        _divides("vision_config.num_heads", self.vision.num_heads, f"vision_config.{inner}", self.vision.embed_dim)
         if 2 * sum(self.mrope_section) != self.head_dim:
             raise SonoEdgeError(
                 f"mrope_section {list(self.mrope_section)} adds up to {sum(self.mrope_section)}; "
@@ -98,12 +130,23 @@ class ModelConfig(msgspec.Struct, frozen=True):
         if self.vision.head_dim % 4:
             raise SonoEdgeError(
                 f"vision_config gives heads of {self.vision.head_dim} values; rows and columns are rotated in pairs, "
-                "so make embed_dim / num_heads a multiple of 4."
+                f"so make {inner} / num_heads a multiple of 4."
             )
         if self.vision.hidden_size != self.hidden_size:
             raise SonoEdgeError(
-                f"vision_config.hidden_size {self.vision.hidden_size} must equal hidden_size {self.hidden_size}, "
+                f"vision_config.{outer} {self.vision.hidden_size} must equal hidden_size {self.hidden_size}, "
                 "since image tokens stand among text tokens."
+            )
+        if self.vision.windows is not None and self.vision.window_patches == 0:
+            smallest = self.vision.patch_size * self.vision.spatial_merge_size
+            raise SonoEdgeError(
+                f"vision_config.window_size {self.vision.windows.window_size} holds no merged patch; "
+                f"make it at least {smallest}."
+            )
+        if self.vision.windows is not None and self.moe is not None:
+            raise SonoEdgeError(
+                "vision_config.window_size stands beside num_experts; only a dense decoder has windows in its vision "
+                "tower, so remove one of them."
             )
         if self.moe is not None and self.moe.num_experts_per_tok > self.moe.num_experts:
             raise SonoEdgeError(

@@ -6,7 +6,10 @@ from typing import Any
 import msgspec
 
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.models.config import ECHOVLM, QWEN2_VL, ModelConfig, MoEConfig
+from sonoedge.export.models.config import ECHOVLM, QWEN2_5_VL, QWEN2_VL, ModelConfig, MoEConfig
+from sonoedge.export.models.vision_json import ACTIVATION, WINDOWED_ACTIVATION, vision_fields, vision_tree
+
+ARCHITECTURES = {"qwen2_vl": (ECHOVLM, QWEN2_VL), "qwen2_5_vl": (QWEN2_5_VL,)}  # by model_type
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -32,11 +35,11 @@ def parse_config(tree: dict[str, Any]) -> ModelConfig:
     # Newer transformers nest the decoder's keys (and even `architectures`) under text_config: theirs win.
     flat = top | text
     architecture = _architecture(top.get("model_type"), flat.get("architectures"))
-    _refuse_variants(flat, vision)
+    windowed = architecture == QWEN2_5_VL
+    _refuse_variants(flat, vision, WINDOWED_ACTIVATION if windowed else ACTIVATION)
     rope = _object(flat, "rope_parameters") or _object(flat, "rope_scaling")
     _refuse_rope(rope)
     fields = flat | {
-        "vision_config": vision,
         "num_key_value_heads": flat.get("num_key_value_heads", flat.get("num_attention_heads")),
         "eos_token_ids": _token_ids(flat.get("eos_token_id")),
         "moe": None,
@@ -45,6 +48,7 @@ def parse_config(tree: dict[str, Any]) -> ModelConfig:
         if key in rope:
             fields[key] = rope[key]
     try:
+        fields["vision_config"] = vision_fields(vision, windowed=windowed)
         moe = msgspec.convert(flat, MoEConfig) if architecture == ECHOVLM else None
         config = msgspec.structs.replace(msgspec.convert(fields, ModelConfig), moe=moe)
     except msgspec.ValidationError as error:
@@ -55,13 +59,13 @@ def parse_config(tree: dict[str, Any]) -> ModelConfig:
 
 def config_tree(config: ModelConfig) -> dict[str, Any]:
     """The config.json of `config` in the released flat layout, which transformers reads too when the model is dense."""
-    vision = msgspec.to_builtins(config.vision) | {"hidden_act": "quick_gelu", "model_type": "qwen2_vl"}
+    vision = vision_tree(config.vision)
     skipped = {"vision_config", "moe", "eos_token_ids", "mrope_section"}
     flat = {
         key: value for key, value in msgspec.to_builtins(config).items() if key not in skipped and value is not None
     }
     eos = list(config.eos_token_ids)
-    tree: dict[str, Any] = {"architectures": [config.architecture], "model_type": "qwen2_vl"} | flat
+    tree: dict[str, Any] = {"architectures": [config.architecture], "model_type": vision["model_type"]} | flat
     if config.moe is not None:
         tree |= msgspec.to_builtins(config.moe)
     return tree | {
@@ -74,17 +78,20 @@ def config_tree(config: ModelConfig) -> dict[str, Any]:
 
 
 def _architecture(model_type: object, names: object) -> str:
-    if model_type != "qwen2_vl":
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise SonoEdgeError(
-            f"model_type {model_type!r} is not supported; give an EchoVLM or Qwen2-VL checkpoint (qwen2_vl)."
+            f"model_type {model_type!r} is not supported; give an EchoVLM or Qwen2-VL checkpoint (qwen2_vl), or a "
+            "Qwen2.5-VL one (qwen2_5_vl)."
         )
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in (ECHOVLM, QWEN2_VL):
-        raise SonoEdgeError(f"architectures {names!r} is not supported; it must be [{ECHOVLM!r}] or [{QWEN2_VL!r}].")
+    known = ARCHITECTURES[model_type]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+        wanted = " or ".join(f"[{name!r}]" for name in known)
+        raise SonoEdgeError(f"architectures {names!r} is not supported; it must be {wanted} for {model_type}.")
     return str(names[0])
 
 
-def _refuse_variants(flat: dict[str, Any], vision: dict[str, Any]) -> None:
-    activations = (("hidden_act", flat, "silu"), ("vision_config.hidden_act", vision, "quick_gelu"))
+def _refuse_variants(flat: dict[str, Any], vision: dict[str, Any], vision_act: str) -> None:
+    activations = (("hidden_act", flat, "silu"), ("vision_config.hidden_act", vision, vision_act))
     for name, tree, expected in activations:
         found = tree.get("hidden_act", expected)
         if found != expected:

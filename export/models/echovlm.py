@@ -14,8 +14,9 @@ from sonoedge.export.models.cache import KVCache
 from sonoedge.export.models.config import ModelConfig
 from sonoedge.export.models.layers import Embedding, Linear, RMSNorm, SwiGLU
 from sonoedge.export.models.moe import SparseMoE
-from sonoedge.export.models.rope import Grid, mrope_tables, vision_tables
+from sonoedge.export.models.rope import Grid, mrope_tables, require_stills, vision_tables
 from sonoedge.export.models.vision import VisionTower
+from sonoedge.export.models.vision_reach import reach_of
 
 
 class ModelOutput(NamedTuple):
@@ -63,7 +64,8 @@ class Decoder(nn.Module):
 
 
 class EchoVLM(nn.Module):
-    """The whole model, its parameters named as a released checkpoint's keys (dense Qwen2-VL when config.moe is None).
+    """The whole model, its parameters named as a released checkpoint's keys (dense Qwen2-VL or
+    Qwen2.5-VL when config.moe is None).
 
     Constructed with every matrix at zero: `load_checkpoint` and `init_model` are what fill it.
     """
@@ -79,17 +81,16 @@ class EchoVLM(nn.Module):
     def encode_images(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Image tokens of all images, patches [n, patch_values] to [n / merge², hidden]; each frame alone."""
         merge = self.config.vision.spatial_merge_size
+        require_stills(grids, self.config.vision)
         if any(rows % merge or columns % merge for _, rows, columns in grids):
             raise SonoEdgeError(
                 f"grids {list(grids)} do not split into blocks of {merge} x {merge} patches; resize so that they do."
             )
-        frames = [rows * columns for count, rows, columns in grids for _ in range(count)]
-        if sum(frames) != patches.shape[0]:
-            raise SonoEdgeError(
-                f"{patches.shape[0]} patches do not fill the grids {list(grids)}, which need {sum(frames)}."
-            )
+        needed = sum(count * rows * columns for count, rows, columns in grids)
+        if needed != patches.shape[0]:
+            raise SonoEdgeError(f"{patches.shape[0]} patches do not fill the grids {list(grids)}, which need {needed}.")
         cos, sin = vision_tables(grids, self.config.vision, patches.device)
-        encoded: Tensor = self.visual(patches, cos, sin, frames)
+        encoded: Tensor = self.visual(patches, cos, sin, reach_of(grids, self.config.vision, patches.device))
         return encoded
 
     def embed(self, input_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:

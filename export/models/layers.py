@@ -51,11 +51,11 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """Feed-forward down(silu(gate(x)) * up(x)), x [..., hidden] to the same shape (arXiv 2002.05202)."""
 
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    def __init__(self, hidden: int, intermediate: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden, intermediate, bias=False)
-        self.up_proj = Linear(hidden, intermediate, bias=False)
-        self.down_proj = Linear(intermediate, hidden, bias=False)
+        self.gate_proj = Linear(hidden, intermediate, bias=bias)
+        self.up_proj = Linear(hidden, intermediate, bias=bias)
+        self.down_proj = Linear(intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = functional.silu(self.gate_proj(x)) * self.up_proj(x)  # [..., intermediate]

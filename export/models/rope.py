@@ -38,12 +38,12 @@ def vision_tables(grids: Sequence[Grid], config: VisionConfig, device: torch.dev
     half = config.head_dim // 2
     exponent = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
     frequency = 1.0 / VISION_THETA**exponent  # [head_dim / 4]
-    places = torch.cat([_patch_places(grid, config.spatial_merge_size, device) for grid in grids])  # [patches, 2]
+    places = torch.cat([patch_places(grid, config.spatial_merge_size, device) for grid in grids])  # [patches, 2]
     angles = (places.to(torch.float32).unsqueeze(-1) * frequency).flatten(1)  # [patches, head_dim / 2]
     return angles.cos(), angles.sin()
 
 
-def _patch_places(grid: Grid, merge: int, device: torch.device) -> Tensor:
+def patch_places(grid: Grid, merge: int, device: torch.device) -> Tensor:
     """Row and column of every patch [t * h * w, 2], in the order of the patches: merge blocks stay together."""
     frames, rows, columns = grid
     row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
@@ -51,6 +51,16 @@ def _patch_places(grid: Grid, merge: int, device: torch.device) -> Tensor:
     places = torch.stack((row, column), dim=-1)  # [rows, columns, 2]
     blocks = places.reshape(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2)
     return blocks.reshape(-1, 2).repeat(frames, 1)
+
+
+def require_stills(grids: Sequence[Grid], config: VisionConfig) -> None:
+    """Raise SonoEdgeError for a grid of several frames where only videos have one, which Qwen2.5-VL places in time."""
+    videos = [grid for grid in grids if grid[0] != 1]
+    if config.windows is not None and videos:
+        raise SonoEdgeError(
+            f"image_grid_thw {list(videos[0])} has {videos[0][0]} frames; videos of Qwen2.5-VL are not supported, so "
+            "give each frame as an image."
+        )
 
 
 def batch_positions(
@@ -61,6 +71,12 @@ def batch_positions(
     input_ids and attention_mask [B, S]; grids of all images in reading order; gives int64 [3, B, S] (1 at padding) and
     int64 [B]. SonoEdgeError when images in the text and grids do not match. Source: transformers' `get_rope_index`.
     """
+    require_stills(grids, config.vision)
+    if bool((input_ids == config.video_token_id).any()):
+        raise SonoEdgeError(
+            f"the text holds video_token_id {config.video_token_id}; videos are not supported, so give their frames as "
+            "images."
+        )
     positions = torch.ones((3, *input_ids.shape), dtype=torch.int64, device=input_ids.device)
     following = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
     remaining = list(grids)

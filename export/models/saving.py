@@ -18,10 +18,10 @@ from sonoedge.export.models.shards import SINGLE_FILE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# Qwen2-VL's own statistics (CLIP's); at most 196 merged tokens an image, which is what EchoVLM was trained with.
+# Qwen2-VL's own statistics (CLIP's), and Qwen2.5-VL's; at most 196 merged tokens an image, which is what EchoVLM was
+# trained with.
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2VLProcessor",
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "min_pixels": 4 * 28 * 28,
@@ -82,12 +82,13 @@ def write_config_files(
                 raise SonoEdgeError(f"{source / name} does not exist; give a checkpoint folder with its tokenizer.")
             shutil.copyfile(source / name, folder / name)
     vision = config.vision
+    own = {"processor_class": "Qwen2VLProcessor" if vision.windows is None else "Qwen2_5_VLProcessor"}
     geometry = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
-    image = {**PREPROCESSOR, **_copied(source, "preprocessor_config.json"), **geometry, **preprocessor}
+    image = {**PREPROCESSOR, **own, **_copied(source, "preprocessor_config.json"), **geometry, **preprocessor}
     _write_json(folder / "preprocessor_config.json", image)
     tokens = {
         "bos_token_id": config.bos_token_id,

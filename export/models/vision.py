@@ -1,17 +1,22 @@
-"""The Qwen2-VL vision tower: patches in, merged image tokens of the decoder's width out."""
-
-from collections.abc import Sequence
+"""The vision towers of Qwen2-VL and Qwen2.5-VL: patches in, merged image tokens of the decoder's width out."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sonoedge.export.models.attention import attention
 from sonoedge.export.models.config import VisionConfig
-from sonoedge.export.models.layers import Conv3d, Linear
+from sonoedge.export.models.layers import Conv3d, Linear, RMSNorm, SwiGLU
 from sonoedge.export.models.rope import rotate
+from sonoedge.export.models.vision_reach import Reach, VisionAttend
 
 NORM_EPS = 1e-6
+
+
+def _norm(config: VisionConfig) -> nn.Module:
+    """The normalisation of [..., embed_dim]: of layers in Qwen2-VL, root-mean-square in Qwen2.5-VL."""
+    if config.windows is None:
+        return nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
+    return RMSNorm(config.embed_dim, NORM_EPS)
 
 
 class PatchEmbed(nn.Module):
@@ -29,7 +34,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention within each segment (one frame of one image)."""
+    """Attention without the attending: projects, rotates, calls `attend`, projects back."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -37,26 +42,13 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[int] | None) -> Tensor:
-        """x [n, embed_dim], cos and sin [n, head_dim / 2], segments: patches in each (None: one segment)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: VisionAttend) -> Tensor:
+        """x [n, embed_dim], cos and sin [n, head_dim / 2]; gives [n, embed_dim]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [n, heads, head_dim]
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         q, k = rotate(q.float(), cos, sin).to(x.dtype), rotate(k.float(), cos, sin).to(x.dtype)
-        if segments is None or len(set(segments)) == 1:
-            count = 1 if segments is None else len(segments)
-            mixed = _attend(q, k, v, count)
-        else:
-            sizes = list(segments)
-            split = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-            mixed = torch.cat([_attend(*qkv, 1) for qkv in split])
-        result: Tensor = self.proj(mixed)
+        result: Tensor = self.proj(attend(q, k, v))
         return result
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
-    """Attention in `count` segments of equal size; q, k, v [n, heads, head_dim] to [n, embed_dim]."""
-    q, k, v = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in (q, k, v))  # [count, heads, n / count, D]
-    return attention(q, k, v, None).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 class VisionMlp(nn.Module):
@@ -74,17 +66,19 @@ class VisionMlp(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; its feed-forward is gated in Qwen2.5-VL."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
-        self.norm2 = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
+        self.norm1 = _norm(config)
+        self.norm2 = _norm(config)
         self.attn = VisionAttention(config)
-        self.mlp = VisionMlp(config)
+        gated = config.windows is not None
+        self.mlp = SwiGLU(config.embed_dim, config.mlp_size, bias=True) if gated else VisionMlp(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[int] | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, segments)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: VisionAttend) -> Tensor:
+        """x [n, embed_dim], cos and sin [n, head_dim / 2] to the new x."""
+        x = x + self.attn(self.norm1(x), cos, sin, attend)
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
@@ -95,7 +89,7 @@ class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.width = config.embed_dim * config.spatial_merge_size**2
-        self.ln_q = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
+        self.ln_q = _norm(config)
         self.mlp = nn.Sequential(Linear(self.width, self.width), nn.GELU(), Linear(self.width, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +99,7 @@ class PatchMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches [n, patch_values] to image tokens [n / merge², hidden] (Qwen2-VL, arXiv 2409.12191)."""
+    """Patches [n, patch_values] to image tokens [n / merge², hidden] (arXiv 2409.12191, 2502.13923)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -114,10 +108,10 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, patches: Tensor, cos: Tensor, sin: Tensor, segments: Sequence[int] | None = None) -> Tensor:
-        """cos and sin [n, head_dim / 2] from `vision_tables`; segments: patches that attend together (None: all)."""
+    def forward(self, patches: Tensor, cos: Tensor, sin: Tensor, reach: Reach) -> Tensor:
+        """cos and sin [n, head_dim / 2] from `vision_tables`; reach: which patches attend which."""
         x = self.patch_embed(patches)
-        for block in self.blocks:
-            x = block(x, cos, sin, segments)
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, reach.of(index, self.config))
         merged: Tensor = self.merger(x)
         return merged

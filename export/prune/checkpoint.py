@@ -26,7 +26,7 @@ from sonoedge.export.prune.cutting import cuts
 from sonoedge.export.prune.importance import Importance, Kept, choose, kept_of, largest
 from sonoedge.export.prune.measured_scores import measured_importance
 from sonoedge.export.prune.section import StudentShape
-from sonoedge.export.prune.sizes import shape_sizes, student_config
+from sonoedge.export.prune.sizes import shape_sizes, student_config, with_kept_blocks
 from sonoedge.export.prune.target import fill, over_device, over_parameters
 from sonoedge.export.prune.vocabulary import trim_vocabulary
 from sonoedge.export.prune.weight_scores import disk_pieces, weight_importance
@@ -60,6 +60,7 @@ def prune_checkpoint(checkpoint: Path, recipe: Recipe, corpus: Corpus | None, ou
             else weight_importance(teacher, disk_pieces(headers), student)
         )
         kept = choose(importance, teacher, student)
+        student = with_kept_blocks(student, kept_of(kept, VISION_LAYERS, teacher.vision.depth))
         if trimmed is not None:
             kept[VOCABULARY] = torch.tensor(trimmed.kept)
         cut = cuts((key for key, _ in weights), teacher, kept, importance)

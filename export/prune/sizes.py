@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.models.config import ModelConfig
+from sonoedge.export.models.config import ModelConfig, VisionConfig
 from sonoedge.export.prune.section import StudentShape
 
 EXPERT_KEYS = ("expert_size", "shared_expert_size", "experts")
@@ -33,7 +34,6 @@ def student_config(teacher: ModelConfig, shape: StudentShape) -> ModelConfig:
             moe_intermediate_size=shape.expert_size or moe.moe_intermediate_size,
             shared_expert_intermediate_size=shape.shared_expert_size or moe.shared_expert_intermediate_size,
         )
-    mlp_size = shape.vision_mlp_size or vision.mlp_size
     return msgspec.structs.replace(
         teacher,
         hidden_size=hidden,
@@ -42,14 +42,25 @@ def student_config(teacher: ModelConfig, shape: StudentShape) -> ModelConfig:
         num_hidden_layers=shape.layers or teacher.num_hidden_layers,
         intermediate_size=shape.intermediate_size or teacher.intermediate_size,
         rms_norm_eps=_eps(teacher, hidden),
-        vision=msgspec.structs.replace(
-            vision,
-            hidden_size=hidden,
-            depth=shape.vision_layers or vision.depth,
-            mlp_ratio=vision.mlp_ratio if mlp_size == vision.mlp_size else ratio(mlp_size, vision.embed_dim),
+        vision=_with_mlp_size(
+            msgspec.structs.replace(vision, hidden_size=hidden, depth=shape.vision_layers or vision.depth),
+            shape.vision_mlp_size or vision.mlp_size,
         ),
         moe=moe,
     )
+
+
+def with_kept_blocks(student: ModelConfig, kept: Sequence[int]) -> ModelConfig:
+    """The config of a student whose vision blocks are those numbered `kept` of its teacher's.
+
+    Blocks of Qwen2.5-VL's tower that attend the whole picture are named by number, and take their place along.
+    """
+    windows = student.vision.windows
+    if windows is None:
+        return student
+    full = tuple(place for place, block in enumerate(kept) if block in windows.fullatt_block_indexes)
+    windows = msgspec.structs.replace(windows, fullatt_block_indexes=full)
+    return msgspec.structs.replace(student, vision=msgspec.structs.replace(student.vision, windows=windows))
 
 
 def shape_sizes(config: ModelConfig) -> dict[str, int]:
@@ -87,6 +98,15 @@ def ratio(size: int, width: int) -> float:
     """The number that a config names for `size`: readers multiply it by `width` and cut off what follows the point."""
     found = size / width
     return found if int(width * found) == size else math.nextafter(found, math.inf)
+
+
+def _with_mlp_size(vision: VisionConfig, size: int) -> VisionConfig:
+    if size == vision.mlp_size:
+        return vision
+    if vision.windows is not None:
+        windows = msgspec.structs.replace(vision.windows, intermediate_size=size)
+        return msgspec.structs.replace(vision, windows=windows)
+    return msgspec.structs.replace(vision, mlp_ratio=ratio(size, vision.embed_dim))
 
 
 def _eps(teacher: ModelConfig, hidden: int) -> float:

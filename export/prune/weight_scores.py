@@ -52,7 +52,7 @@ def weight_importance(teacher: ModelConfig, pieces: Pieces, student: ModelConfig
         for axis in axes:
             if axis.endswith(".self_attn.heads"):
                 scores[axis] = _head_scores(squares, axis.removesuffix(".heads"), teacher)
-            elif axis.startswith(VISION_LAYERS):
+            elif axis.startswith(VISION_LAYERS) and teacher.vision.windows is None:
                 scores[axis] = squares.product(axis, ("fc1",), "fc2")
             elif axis != HIDDEN:
                 scores[axis] = squares.product(axis, ("gate_proj", "up_proj"), "down_proj")

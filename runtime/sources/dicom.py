@@ -25,6 +25,7 @@ class DicomSource(RecordedSource):
         clip = read_clip(path)
         super().__init__(str(path), pace, fps=clip.fps)
         self._dataset, self._count = clip.dataset, clip.frames
+        self.still = clip.frames == 1
         self._kept: list[npt.NDArray[np.uint8] | None] | None = None
         if clip.region is not None:
             self.sector, self.spacing_mm = clip.region.sector, clip.region.spacing_mm

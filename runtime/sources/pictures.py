@@ -43,6 +43,7 @@ class PictureSource(RecordedSource):
     def __init__(self, name: str, paths: Sequence[Path], pace: Pace) -> None:
         """Check that every path is a picture; raises SonoEdgeError naming the one that is not."""
         super().__init__(name, pace, fps=DEFAULT_FPS)
+        self.still = True
         self._paths = sorted(paths, key=_natural)
         for path in self._paths:
             _check_header(path)

@@ -26,6 +26,7 @@ class RecordedSource(ABC):
         self.fps = (pace.fps or fps) * pace.speed
         self.spacing_mm: float | None = None
         self.sector: tuple[int, int, int, int] | None = None
+        self.still = False  # pictures that are no moving clip
         self._pace = pace
         self._phase: SourceState = "waiting"
         self._note: str | None = None
@@ -60,7 +61,8 @@ class RecordedSource(ABC):
                 if self._stop.is_set():
                     break
                 self._phase, self._asked_ns = "live", None
-                yield Frame(picture, sequence, time.monotonic_ns(), self.spacing_mm, self.name, self.sector)
+                now_ns = time.monotonic_ns()
+                yield Frame(picture, sequence, now_ns, self.spacing_mm, self.name, self.sector, still=self.still)
                 sequence, self._asked_ns = sequence + 1, time.monotonic_ns()
             if sequence == start and not self._stop.is_set():
                 self._phase, self._asked_ns = "lost", None

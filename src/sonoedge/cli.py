@@ -211,17 +211,47 @@ def engine(
 
 
 @app.command()
+def check_data(
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            help="EchoVLM conversations (JSON), or a folder with a folder of pictures for each class; several: "
+            "sets that must share no picture, such as training and test.",
+            show_default=False,
+        ),
+    ],
+    as_json: AsJson = False,
+) -> int:
+    """Say what data holds and what is wrong with it, near-duplicate pictures included; exit status 1: not usable."""
+    from sonoedge.calibration import check_data
+
+    return check_data.run(data, as_json=as_json)
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Checkpoint or bundle.", metavar="CHECKPOINT|BUNDLE")],
-    data: Annotated[str, typer.Option(help="`phantoms`: frames whose truth is known.")] = "phantoms",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="EchoVLM conversations (JSON), a folder with a folder of pictures for each class, or `phantoms`."
+        ),
+    ] = "phantoms",
     frames: Annotated[int, typer.Option(min=1, help="Fresh phantoms to make, or at most this many cases.")] = 500,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another checkpoint or bundle, on the same cases; may be repeated.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and every answer; else none.", show_default=False)
+    ] = None,
     backend: Backend = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well a checkpoint or a bundle answers."""
+    """Measure how well checkpoints and bundles answer, side by side."""
     from sonoedge.export import evaluate
 
-    evaluate.run(model, data, frames, as_json=as_json, backend=backend)
+    evaluate.run(model, data, frames, as_json=as_json, backend=backend, against=against or (), out=out)
 
 
 @app.command()

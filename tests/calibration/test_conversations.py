@@ -8,7 +8,12 @@ import cv2
 import numpy as np
 import pytest
 
-from sonoedge.calibration.conversations import IMAGE_MARK, read_conversations, write_phantom_conversations
+from sonoedge.calibration.conversations import (
+    IMAGE_MARK,
+    each_entry,
+    read_conversations,
+    write_phantom_conversations,
+)
 from sonoedge.calibration.phantom import phantom
 from sonoedge.calibration.phantom_text import report_fields, truth_fields
 from sonoedge.errors import SonoEdgeError
@@ -147,3 +152,39 @@ def test_a_case_says_its_region_or_its_phantom_does(tmp_path: Path, valid: list[
     valid[1]["region"] = 5
     with pytest.raises(SonoEdgeError, match=r"Expected `str . null`, got `int` - at `\$\[1\]\.region`"):
         read_conversations(write(tmp_path, valid))
+
+
+def test_a_single_image_need_not_stand_in_a_list_and_unmarked_images_stand_before_the_first_question(
+    tmp_path: Path, valid: list[dict[str, Any]]
+) -> None:
+    valid[0]["image"] = "a.png"
+    valid[1]["image"] = ["a.png", "b.png"]
+    valid[1]["conversations"][1] = {"from": "human", "value": "What?"}
+    first, second = read_conversations(write(tmp_path, valid))
+    assert first.image == (str(tmp_path / "a.png"),)
+    assert second.exchanges == ((IMAGE_MARK * 2 + "What?", "This."),)
+
+
+def test_several_turns_and_images_across_turns(tmp_path: Path, valid: list[dict[str, Any]]) -> None:
+    valid[0]["image"] = ["a.png", "b.png"]
+    later = [{"from": "human", "value": "And this?<image>"}, {"from": "gpt", "value": "That."}]
+    valid[0]["conversations"] = [*valid[0]["conversations"], *later]
+    assert len(read_conversations(write(tmp_path, valid))[0].exchanges) == 2
+
+
+def test_each_entry_is_given_or_what_is_wrong_with_it(tmp_path: Path, valid: list[dict[str, Any]]) -> None:
+    bad = [{"id": 3}, {"id": 4, "image": [], "conversations": [{"from": "gpt", "value": "x"}]}, 7]
+    found = list(each_entry(write(tmp_path, [*valid, *bad])))
+    assert [isinstance(entry, str) for entry in found] == [False, False, True, True, True]
+    assert "missing required field `image`" in str(found[2])
+    assert "id 4: key 'from' goes gpt" in str(found[3])
+    with pytest.raises(SonoEdgeError, match="hold no entry"):
+        list(each_entry(write(tmp_path, [])))
+
+
+@pytest.mark.parametrize("junk", [b"\x00\xff\xfe\x80", b"[" * 100_000, b'[{"id": "\xff"}]', b'{"a": 1}'])
+def test_binary_junk_is_refused_in_one_sentence(tmp_path: Path, junk: bytes) -> None:
+    path = tmp_path / "cases.json"
+    path.write_bytes(junk)
+    with pytest.raises(SonoEdgeError, match="malformed"):
+        read_conversations(path)

@@ -30,6 +30,17 @@ def test_a_smaller_limit_holds_and_a_larger_one_does_not(tmp_path: Path) -> None
     assert (small.min_pixels, small.max_pixels) == (784, 784)
 
 
+def test_bounds_may_stand_under_size_alone(tmp_path: Path) -> None:
+    """As transformers' quick image processors write them; keys of their own come first where both stand."""
+    size = '"size": {"shortest_edge": 784, "longest_edge": 28224}'
+    for text in ("{" + size + "}", '{"min_pixels": null, "max_pixels": null, ' + size + "}"):
+        spec = image_spec(write(tmp_path, text))
+        assert (spec.min_pixels, spec.max_pixels) == (784, 28224)
+    spec = image_spec(write(tmp_path, '{"min_pixels": 1568, "max_pixels": 3136, ' + size + "}"))
+    assert (spec.min_pixels, spec.max_pixels) == (1568, 3136)
+    assert image_spec(write(tmp_path, '{"size": {"max_pixels": 28224}, "image_mean": null}')) == ImageSpec()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -37,6 +48,8 @@ def test_a_smaller_limit_holds_and_a_larger_one_does_not(tmp_path: Path) -> None
         ("[]", "Expected `object`"),
         ('{"max_pixels": "many"}', "Expected `int`, got `str` - at `$.max_pixels`"),
         ('{"max_pixels": 783}', "max_pixels = 783 and one merged patch has 784"),
+        ('{"size": {"longest_edge": 783}}', "max_pixels = 783 and one merged patch has 784"),
+        ('{"size": {"shortest_edge": 0}}', ">= 1 - at `$.size.shortest_edge`"),
         ('{"patch_size": 0}', ">= 1 - at `$.patch_size`"),
         ('{"image_std": [0.2, 0, 0.2]}', "> 0.0 - at `$.image_std[1]`"),
         ('{"image_mean": [0.5]}', "at `$.image_mean`"),

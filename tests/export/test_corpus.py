@@ -216,3 +216,16 @@ def test_a_picture_that_is_too_thin_is_named(tmp_path: Path) -> None:
     for data in (path, tmp_path):
         with pytest.raises(SonoEdgeError, match=r"0_0\.png: the picture is 300x1 pixels"):
             open_corpus(str(data), SPEC, None).sample(0, np.random.default_rng(0))
+
+
+def test_a_labelled_folder_teaches_its_classes_and_calibrates_as_frames(tmp_path: Path) -> None:
+    for name in ("benign/a.png", "malignant/b.png"):
+        (tmp_path / name).parent.mkdir()
+        cv2.imwrite(str(tmp_path / name), np.full((60, 90, 3), 80, np.uint8))
+    corpus = open_corpus(str(tmp_path), SPEC, None, labelled=True)
+    assert (len(corpus), corpus.answered) == (2, True)
+    assert [path.name for path in corpus.files] == ["a.png", "b.png"]
+    samples = [corpus.sample(index, np.random.default_rng(0)) for index in range(2)]
+    assert [branch.answer for sample in samples for branch in sample.branches] == ["A", "B"]
+    assert "A. benign B. malignant" in samples[0].branches[0].question
+    assert not open_corpus(str(tmp_path), SPEC, None).answered

@@ -38,7 +38,9 @@ def test_a_table(tiny: Any, sonoedge: Any) -> None:
     ("arguments", "words"),
     [
         (["/nowhere"], "/nowhere does not exist"),
-        (["{bundle}", "--data", "cases.json"], "--data 'cases.json': closed questions are scored on phantoms only"),
+        (["{bundle}", "--data", "cases.json"], "--data 'cases.json' does not exist: name a conversation file"),
+        (["{bundle}", "--against", "/nowhere"], "/nowhere does not exist"),
+        (["{bundle}", "--out", "{bundle}"], "exists and is not an empty folder"),
         (["{bundle}", "--frames", "0"], "--frames': Input should be greater than or equal to 1"),
     ],
 )

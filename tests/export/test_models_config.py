@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.models.config import ModelConfig, MoEConfig
+from sonoedge.export.models.config import ModelConfig, MoEConfig, WindowConfig
 from sonoedge.export.models.config_json import config_tree, parse_config, read_config
 
 DECODER_KEYS = (
@@ -99,6 +99,63 @@ def test_other_models_are_refused(tree: dict[str, Any], changes: dict[str, Any],
         parse_config(tree | changes)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def qwen25(small_config: ModelConfig) -> ModelConfig:
+    vision = msgspec.structs.replace(small_config.vision, mlp_ratio=4.0, windows=WindowConfig(44, 56, (1,), 2))
+    return msgspec.structs.replace(small_config, moe=None, vision=vision)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_qwen25_reads_back_in_both_layouts(qwen25: ModelConfig, nested: bool) -> None:
+    tree = msgspec.json.decode(msgspec.json.encode(config_tree(qwen25)))
+    assert (tree["model_type"], tree["architectures"]) == ("qwen2_5_vl", ["Qwen2_5_VLForConditionalGeneration"])
+    assert tree["vision_config"].keys().isdisjoint({"embed_dim", "mlp_ratio", "windows"})
+    if nested:
+        text = {key: tree.pop(key) for key in DECODER_KEYS} | {"architectures": tree.pop("architectures")}
+        tree["text_config"] = text | {"model_type": "qwen2_5_vl_text", "vision_config": None}
+    assert parse_config(tree) == qwen25
+
+
+def test_a_qwen25_tower_has_its_own_defaults(qwen25: ModelConfig) -> None:
+    """Those of transformers where config.json leaves a size out, which Qwen2-VL's tower calls otherwise."""
+    tree = config_tree(qwen25) | {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4}
+    tree |= {"vision_config": {}, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    vision = parse_config(tree).vision
+    assert vision.windows == WindowConfig(3420, 112, (7, 15, 23, 31), 4)
+    assert (vision.embed_dim, vision.hidden_size, vision.depth, vision.window_patches) == (3584, 3584, 32, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "must be ['Qwen2_5_VLForConditionalGeneration']"),
+        ({"model_type": "qwen2_vl"}, "for qwen2_vl"),
+        ({"vision_config": {"hidden_act": "quick_gelu"}}, "vision_config.hidden_act 'quick_gelu'"),
+        ({"vision_config": {"window_size": 27}}, "vision_config.window_size 27 holds no merged patch"),
+        ({"vision_config": {"window_size": 0}}, "window_size"),
+        ({"vision_config": {"window_size": "wide"}}, "window_size"),
+        ({"vision_config": {"fullatt_block_indexes": [-1]}}, "fullatt_block_indexes"),
+        ({"vision_config": {"intermediate_size": 0}}, "intermediate_size"),
+        ({"vision_config": {"out_hidden_size": 40}}, "vision_config.out_hidden_size 40"),
+        ({"vision_config": {"num_heads": 3}}, "vision_config.num_heads 3 does not divide vision_config.hidden_size 32"),
+        ({"vision_config": {"hidden_size": 20}}, "make hidden_size / num_heads a multiple of 4"),
+    ],
+)
+def test_other_qwen25s_are_refused(qwen25: ModelConfig, changes: dict[str, Any], words: str) -> None:
+    tree = config_tree(qwen25)
+    for key, change in changes.items():
+        tree[key] = tree[key] | change if isinstance(change, dict) else change
+    with pytest.raises(SonoEdgeError) as refusal:
+        parse_config(tree)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_windows_beside_experts_are_refused(small_config: ModelConfig, qwen25: ModelConfig) -> None:
+    with pytest.raises(SonoEdgeError, match="window_size stands beside num_experts"):
+        msgspec.structs.replace(qwen25, moe=small_config.moe).check()
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b""])

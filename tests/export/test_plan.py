@@ -15,7 +15,7 @@ import pytest
 from sonoedge.device_profiles import load_profile
 from sonoedge.device_profiles.shape import weigh
 from sonoedge.errors import SonoEdgeError
-from sonoedge.export.models.config import ModelConfig, MoEConfig, VisionConfig
+from sonoedge.export.models.config import ModelConfig, MoEConfig, VisionConfig, WindowConfig
 from sonoedge.export.models.config_json import config_tree, read_config
 from sonoedge.export.models.loading import empty_model
 from sonoedge.export.plan import run
@@ -51,6 +51,31 @@ def test_parameters_are_counted_exactly(name: str) -> None:
     for each in (config, msgspec.structs.replace(config, moe=None, tie_word_embeddings=True)):
         counted = sum(tensor.numel() for tensor in empty_model(each).state_dict().values())
         assert shape_of(each).parameters == counted
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "layers", "heads", "kv_heads", "vocab", "tied", "billions"),
+    [(2048, 11008, 36, 16, 2, 151936, True, 3.75), (3584, 18944, 28, 28, 4, 152064, False, 8.29)],
+)
+def test_parameters_of_a_qwen25_are_counted_exactly(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool, billions: float
+) -> None:
+    """The sizes of Qwen2.5-VL-3B-Instruct and 7B-Instruct, as their config.json has them."""
+    config = msgspec.structs.replace(
+        read_config(CONFIGS / "echovlm-7b.json"),
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        moe=None,
+        vision=VisionConfig(hidden_size=hidden, windows=WindowConfig()),
+    )
+    config.check()
+    counted = sum(tensor.numel() for tensor in empty_model(config).state_dict().values())
+    assert shape_of(config).parameters == counted == pytest.approx(billions * 1e9, rel=0.002)
 
 
 def test_the_packaged_full_size_is_the_released_one() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sonoedge.calibration.smoothing import Smoothing
-from sonoedge.export.models.config import ModelConfig, VisionConfig
+from sonoedge.export.models.config import ModelConfig, VisionConfig, WindowConfig
 from sonoedge.export.models.echovlm import EchoVLM, ModelOutput
 from sonoedge.export.models.loading import empty_model, init_model, open_checkpoint
 from sonoedge.export.models.rope import Grid, batch_positions
@@ -61,6 +61,11 @@ def run(model: EchoVLM) -> ModelOutput:
     return model(ids, positions, image_embeds=embeds, collect_router=True, collect_hidden=True)  # type: ignore[no-any-return]
 
 
+def windowed(vision: VisionConfig) -> VisionConfig:
+    """The tower as Qwen2.5-VL has it: gated feed-forwards, norms without biases."""
+    return msgspec.structs.replace(vision, windows=WindowConfig(44, 56, (1,)))
+
+
 def variant(config: ModelConfig, name: str) -> ModelConfig:
     """Shapes in which every index of a channel matters."""
     grouped: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 2, "mrope_section": (1, 1, 2)}
@@ -69,11 +74,12 @@ def variant(config: ModelConfig, name: str) -> ModelConfig:
         "grouped heads": grouped,
         "dense": {"moe": None} | grouped,
         "tied": {"tie_word_embeddings": True},
+        "windows": {"moe": None, "vision": windowed(config.vision)} | grouped,
     }
     return msgspec.structs.replace(config, **changes[name])
 
 
-@pytest.mark.parametrize("name", ["echovlm", "grouped heads", "dense", "tied"])
+@pytest.mark.parametrize("name", ["echovlm", "grouped heads", "dense", "tied", "windows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_smoothed_model_computes_the_same(
     small_config: ModelConfig, name: str, dtype: torch.dtype, one_thread: None

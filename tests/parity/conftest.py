@@ -1,4 +1,7 @@
-"""An independent EchoVLM of any size, put together from transformers' Qwen2-VL and Qwen2-MoE, and its recordings."""
+"""An independent EchoVLM of any size, put together from transformers' Qwen2-VL and Qwen2-MoE, and its recordings.
+
+Qwen2-VL and Qwen2.5-VL are transformers' own.
+"""
 
 # mypy: allow-untyped-calls
 
@@ -12,7 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
@@ -22,7 +30,7 @@ Record = Callable[["Variant"], Path]
 
 
 class Variant(msgspec.Struct, frozen=True):
-    """Sizes of one random model; experts 0 makes it dense."""
+    """Sizes of one random model; experts 0 makes it dense, a window in pixels makes it a Qwen2.5-VL."""
 
     hidden: int = 64
     heads: int = 4
@@ -38,6 +46,9 @@ class Variant(msgspec.Struct, frozen=True):
     vision_dim: int = 32
     vision_heads: int = 2
     vision_depth: int = 2
+    window: int = 0
+    full_blocks: tuple[int, ...] = ()  # that attend the whole picture, of a Qwen2.5-VL
+    grids: tuple[tuple[int, int], ...] = ((4, 6), (8, 4))  # rows and columns of the images in one sequence
     tied: bool = False
     shards: int = 1
     ends: bool = False  # the recorded generation meets end tokens, in one row earlier than in the other
@@ -101,9 +112,11 @@ def record(tmp_path: Path) -> Record:
 
 
 def build_reference(variant: Variant) -> Any:
-    """transformers' Qwen2-VL with random weights large enough that every part matters."""
+    """transformers' Qwen2-VL or Qwen2.5-VL with random weights large enough that every part matters."""
     torch.manual_seed(variant.seed)
-    config = Qwen2VLConfig(
+    config_type: Any = Qwen2_5_VLConfig if variant.window else Qwen2VLConfig
+    model_type: Any = Qwen2_5_VLForConditionalGeneration if variant.window else Qwen2VLForConditionalGeneration
+    config = config_type(
         text_config={
             "vocab_size": 200,
             "hidden_size": variant.hidden,
@@ -116,12 +129,7 @@ def build_reference(variant: Variant) -> Any:
             "tie_word_embeddings": variant.tied,
             "pad_token_id": 0,
         },
-        vision_config={
-            "depth": variant.vision_depth,
-            "embed_dim": variant.vision_dim,
-            "hidden_size": variant.hidden,
-            "num_heads": variant.vision_heads,
-        },
+        vision_config=windowed_tower(variant) if variant.window else plain_tower(variant),
         tie_word_embeddings=variant.tied,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -129,7 +137,7 @@ def build_reference(variant: Variant) -> Any:
         vision_end_token_id=END,
     )
     config._attn_implementation = "eager"
-    model: Any = Qwen2VLForConditionalGeneration(config)
+    model: Any = model_type(config)
     if variant.experts:
         for layer in model.model.language_model.layers:
             layer.mlp = TwoPaths(layer.mlp, variant)
@@ -142,8 +150,31 @@ def build_reference(variant: Variant) -> Any:
     return model.eval()
 
 
+def plain_tower(variant: Variant) -> dict[str, Any]:
+    """vision_config of a Qwen2-VL."""
+    return {
+        "depth": variant.vision_depth,
+        "embed_dim": variant.vision_dim,
+        "hidden_size": variant.hidden,
+        "num_heads": variant.vision_heads,
+    }
+
+
+def windowed_tower(variant: Variant) -> dict[str, Any]:
+    """vision_config of a Qwen2.5-VL."""
+    return {
+        "depth": variant.vision_depth,
+        "hidden_size": variant.vision_dim,
+        "out_hidden_size": variant.hidden,
+        "intermediate_size": 5 * variant.vision_dim // 4 + 2,
+        "num_heads": variant.vision_heads,
+        "window_size": variant.window,
+        "fullatt_block_indexes": list(variant.full_blocks),
+    }
+
+
 def inputs_of_cases(variant: Variant) -> dict[str, dict[str, Tensor]]:
-    """A text, two images of different size in one sequence, and a left-padded batch whose last row has no image."""
+    """A text, images of different size in one sequence, and a left-padded batch whose last row has no image."""
     generator = torch.Generator().manual_seed(variant.seed + 1)
 
     def text(count: int) -> list[int]:
@@ -163,9 +194,12 @@ def inputs_of_cases(variant: Variant) -> dict[str, dict[str, Tensor]]:
             tensors["image_grid_thw"] = torch.tensor(grids)
         return tensors
 
+    pictured = text(2)
+    for index, (rows, columns) in enumerate(variant.grids):
+        pictured += image(rows, columns) + text(5 if index == len(variant.grids) - 1 else 1)
     return {
         "text": inputs([text(9)], []),
-        "two_images": inputs([text(2) + image(4, 6) + text(1) + image(8, 4) + text(5)], [[1, 4, 6], [1, 8, 4]]),
+        "images": inputs([pictured], [[1, rows, columns] for rows, columns in variant.grids]),
         "batch": inputs([text(3) + image(4, 4) + text(6), image(2, 6) + text(4), text(7)], [[1, 4, 4], [1, 2, 6]]),
     }
 
@@ -179,7 +213,8 @@ def record_case(model: Any, inputs: dict[str, Tensor], ends: list[int] | None = 
     stop = {"eos_token_id": ends} if ends else {}
     generated = model.generate(**inputs, max_new_tokens=7, do_sample=False, pad_token_id=0, **stop)
     tensors = dict(inputs)
-    tensors["position_ids"] = model.model.get_rope_index(inputs["input_ids"], grids, None, inputs["attention_mask"])[0]
+    mask = inputs["attention_mask"]
+    tensors["position_ids"] = model.model.get_rope_index(inputs["input_ids"], grids, attention_mask=mask)[0]
     tensors["logits"] = output.logits
     tensors["generated"] = generated[:, inputs["input_ids"].shape[1] :]
     tensors |= {f"hidden.{index}": hidden for index, hidden in enumerate(output.hidden_states)}
@@ -198,7 +233,7 @@ def write_checkpoint(model: Any, variant: Variant, folder: Path, ends: list[int]
     tree: dict[str, Any] = {
         **model.config.text_config.to_dict(),
         **model.config.to_dict(),
-        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "architectures": [type(model).__name__],
         "eos_token_id": ends or None,
         "pad_token_id": 0,
         "rope_scaling": {"type": "mrope", "mrope_section": list(variant.sections)},

@@ -19,9 +19,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from sonoedge.bundle import HintCalibration, ImageSpec
 from sonoedge.runtime.familiarity import Familiarity
 from sonoedge.runtime.frame import Frame
+from sonoedge.runtime.frame_gate import FrameGate
 from sonoedge.runtime.hint_engine import HintEngine
 from sonoedge.runtime.hints import HintSchema, load_schema
 from sonoedge.runtime.model import Model
+from sonoedge.runtime.sector.tracker import SectorTracker
+from sonoedge.runtime.sector.view import whole
 from sonoedge.runtime.server import Server
 from sonoedge.runtime.sessions.fake import FakeSession
 from sonoedge.runtime.sources import Source
@@ -85,6 +88,15 @@ def make_model(tokenizer: Tokenizer, schema: HintSchema) -> Callable[..., Model]
         return Model(session, tokenizer, engine, "0123456789abcdef", "Tests only, never a diagnosis.")
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def plain_eye(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let served shades be seen, which hold no sector, except where the test is of seeing."""
+    if request.node.get_closest_marker("sees"):
+        return
+    monkeypatch.setattr(SectorTracker, "see", lambda _tracker, image, *, still: whole(image.shape))
+    monkeypatch.setattr(FrameGate, "judge", lambda _gate, _frame, _view: None)
 
 
 def grey_frame(brightness: int, sequence: int = 0, size: tuple[int, int] = (60, 80)) -> Frame:

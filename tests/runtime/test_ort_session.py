@@ -10,8 +10,8 @@ import pytest
 
 from sonoedge.bundle import TOKENIZER_FILE, open_bundle
 from sonoedge.errors import SonoEdgeError
+from sonoedge.export.models import rope
 from sonoedge.export.models.loading import load_checkpoint
-from sonoedge.export.models.rope import _patch_places
 from sonoedge.export.torch_session import TorchSession
 from sonoedge.runtime.frame import Frame
 from sonoedge.runtime.generate import Generation, generate
@@ -184,7 +184,7 @@ def test_an_answer_never_holds_an_image_token(ort: OrtSession, tiny_tokenizer: T
 def test_patch_places_are_those_of_the_torch_model(grid: tuple[int, int, int]) -> None:
     import torch
 
-    assert np.array_equal(patch_places(grid, 2), _patch_places(grid, 2, torch.device("cpu")).numpy())
+    assert np.array_equal(patch_places(grid, 2), rope.patch_places(grid, 2, torch.device("cpu")).numpy())
 
 
 def test_a_graph_that_is_none_is_refused(tiny: Any, tmp_path: Path) -> None:

@@ -24,16 +24,19 @@ def sequence(texts: Sequence[int], grids: Sequence[Grid]) -> npt.NDArray[np.int6
     return np.array(ids + [7] * texts[-1], np.int64)
 
 
-def reference(ids: npt.NDArray[np.int64], grids: Sequence[Grid]) -> tuple[npt.NDArray[np.int64], int]:
+def reference(
+    ids: npt.NDArray[np.int64], grids: Sequence[Grid], *, qwen25: bool = False
+) -> tuple[npt.NDArray[np.int64], int]:
     """The same through transformers, without weights."""
     import torch
-    from transformers import Qwen2VLConfig
+    from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-    config = Qwen2VLConfig(  # type: ignore[no-untyped-call]
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START
-    )
-    model = Qwen2VLModel.__new__(Qwen2VLModel)
+    config_type: Any = Qwen2_5_VLConfig if qwen25 else Qwen2VLConfig
+    model_type: Any = Qwen2_5_VLModel if qwen25 else Qwen2VLModel
+    config = config_type(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START)
+    model = model_type.__new__(model_type)
     torch.nn.Module.__init__(model)
     model.config = config
     tokens: Any = torch.from_numpy(ids)[None]
@@ -51,6 +54,18 @@ def test_agrees_with_transformers(grids: list[Grid], texts: list[int]) -> None:
     ids = sequence([*texts[: len(grids)], texts[4] + 1], grids)
     positions, following = mrope_positions(ids, grids, image_token_id=IMAGE, merge_size=2)
     expected, expected_following = reference(ids, grids)
+    np.testing.assert_array_equal(positions, expected)
+    assert following == expected_following
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(grids, max_size=4), st.lists(st.integers(0, 5), min_size=5, max_size=5))
+def test_still_images_of_qwen25_stand_where_those_of_qwen2_do(grids: list[Grid], texts: list[int]) -> None:
+    """Its positions in time are seconds, and a still image has none; what it makes of several frames is not read."""
+    stills: list[Grid] = [(1, rows, columns) for _, rows, columns in grids]
+    ids = sequence([*texts[: len(stills)], texts[4] + 1], stills)
+    positions, following = mrope_positions(ids, stills, image_token_id=IMAGE, merge_size=2)
+    expected, expected_following = reference(ids, stills, qwen25=True)
     np.testing.assert_array_equal(positions, expected)
     assert following == expected_following
 

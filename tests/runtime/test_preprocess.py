@@ -42,6 +42,12 @@ def test_agrees_exactly_with_transformers(noise: Noise, size: tuple[int, int], g
     np.testing.assert_array_equal(patches.values, values)
 
 
+def test_qwen25_takes_the_same_pictures() -> None:
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    assert IMAGE_PROCESSOR_MAPPING_NAMES["qwen2_5_vl"] == IMAGE_PROCESSOR_MAPPING_NAMES["qwen2_vl"]
+
+
 @pytest.mark.parametrize(
     "spec",
     [

@@ -1,0 +1,1 @@
+"""How well models answer: reports, diagnoses and questions, several systems side by side on the same cases."""
