@@ -116,16 +116,15 @@ def _eps(teacher: ModelConfig, hidden: int) -> float:
 
 def _require_at_most(teacher: ModelConfig, shape: StudentShape) -> None:
     limits = shape_sizes(teacher)
-    for key in (*limits, *EXPERT_KEYS):
-        asked = getattr(shape, key)
-        if asked is None:
-            continue
-        if key not in limits:
+    for key in EXPERT_KEYS:
+        if key not in limits and getattr(shape, key) is not None:
             raise SonoEdgeError(
-                f"student.{key} = {asked} and the teacher is {teacher.architecture}, which has no experts: leave the "
-                "key out, or give an EchoVLM checkpoint"
+                f"student.{key} = {getattr(shape, key)} and the teacher is {teacher.architecture}, which has no "
+                "experts: leave the key out, or give an EchoVLM checkpoint"
             )
-        if asked > limits[key]:
+    for key in limits:
+        asked = getattr(shape, key)
+        if asked is not None and asked > limits[key]:
             raise SonoEdgeError(f"student.{key} = {asked} exceeds the teacher's {limits[key]}: choose at most that")
 
 
