@@ -21,6 +21,7 @@ from sonoedge.export.distilling.draws import Draws
 from sonoedge.export.distilling.hashes import checkpoint_hash, files_hash
 from sonoedge.export.distilling.lesson import Lesson, wanted_outputs
 from sonoedge.export.distilling.processes import join, one_voice
+from sonoedge.export.distilling.pruned import STUDENT, hash_in_vocabulary, prune_to_start
 from sonoedge.export.distilling.run_state import Identity, RunState, forget
 from sonoedge.export.distilling.taught import LiveTeacher, Teaches, Wanted
 from sonoedge.export.distilling.taught_files import TaughtFiles, TaughtManifest
@@ -29,7 +30,7 @@ from sonoedge.export.models.echovlm import EchoVLM
 from sonoedge.export.models.loading import empty_model, load_checkpoint, save_checkpoint
 from sonoedge.export.models.saving import TOKENIZER_FILES
 from sonoedge.export.recipe import Distillation, Recipe, StudentShape, load_recipe
-from sonoedge.export.student import cut_student
+from sonoedge.export.student import cut_student, takes_folder
 from sonoedge.runtime.preprocess import ImageSpec
 from sonoedge.runtime.tokens import Tokenizer
 
@@ -53,15 +54,18 @@ def distil(
     *,
     accelerator: Accelerator | None = None,
     kept: Kept | None = None,
+    student: EchoVLM | None = None,
 ) -> EchoVLM:
     """Cut the recipe's student from `teacher` and train it on `corpus`; equal inputs give equal students on a machine.
 
-    kept: None keeps nothing. Under FSDP only the main process gets the student's weights. A recipe in bf16 leaves the
-    teacher so. Raises SonoEdgeError when the loss is not finite, and as `cut_student` does.
+    student: one that was cut already, of the teacher's vocabulary. kept: None keeps nothing. Under FSDP only the main
+    process gets the student's weights. A recipe in bf16 leaves the teacher so. Raises SonoEdgeError when the loss is
+    not finite, and as `cut_student` does.
     """
     shape, settings = sections(recipe)
     torch.manual_seed(settings.seed)
-    student = cut_student(teacher, shape)
+    if student is None:
+        student = cut_student(teacher, shape)
     wanted = wanted_outputs(student.config, teacher.config, settings)
     accelerator = accelerator or join()
     collator = Batches(corpus, tokenizer, spec, size=settings.batch, seed=settings.seed, context=recipe.limits.context)
@@ -159,14 +163,23 @@ def _run(
     corpus = _corpus(data, spec, settings, folder, accelerator)
     if not corpus.answered:
         raise SonoEdgeError(f"--data {data}: frames without answers teach nothing: give conversations, or phantoms")
-    kept = Kept(folder, _identity(checkpoint, settings, data, corpus), taught)
-    student = distil(teacher, tokenizer, corpus, spec, settings, accelerator=accelerator, kept=kept)
+    identity = _identity(checkpoint, settings, data, corpus)
+    counts = {"teacher_parameters": parameters(teacher)}
+    files_from, begun = checkpoint, None
+    if takes_folder(sections(settings)[0]):
+        drawn = files_hash([], identity.recipe, identity.teacher, identity.data)
+        start = prune_to_start(checkpoint, teacher, settings, corpus, folder, accelerator, identity=drawn)
+        files_from, begun, teacher, tokenizer = start.folder, start.student, start.teacher, start.tokenizer
+        identity = msgspec.structs.replace(identity, teacher=hash_in_vocabulary(identity.teacher, start))
+    kept = Kept(folder, identity, taught)
+    student = distil(teacher, tokenizer, corpus, spec, settings, accelerator=accelerator, kept=kept, student=begun)
     if not accelerator.is_main_process:
         return
-    save_checkpoint(student, out, tokenizer_files_from=checkpoint)
+    save_checkpoint(student, out, tokenizer_files_from=files_from)
     forget(folder)
-    shutil.rmtree(folder / PHANTOMS, ignore_errors=True)
-    counts = {"teacher_parameters": parameters(teacher), "student_parameters": parameters(student)}
+    for leftover in (folder / PHANTOMS, *folder.glob(f"{STUDENT}-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    counts["student_parameters"] = parameters(student)
     if as_json:
         told = {"out": str(out), "training": str(folder), **counts}
         print(msgspec.json.encode(told).decode())

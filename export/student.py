@@ -65,15 +65,20 @@ def with_vocabulary(teacher: EchoVLM, student: ModelConfig, token_ids: Sequence[
     return spoken.train(teacher.training)
 
 
-def _require_in_memory(shape: StudentShape, importance: Importance | None) -> None:
+def takes_folder(shape: StudentShape) -> str | None:
+    """The key of [student] for which the teacher's folder is needed, None where a teacher in memory will do."""
     asked = {
-        "languages": shape.languages,
-        "profile": shape.profile,
+        "languages": bool(shape.languages),
+        "profile": shape.profile is not None,
         "expert_method": shape.expert_method == "merge",
-        "importance": shape.importance == "measured" and importance is None,
+        "importance": shape.importance == "measured",
     }
-    for key, wanted in asked.items():
-        if wanted:
-            raise SonoEdgeError(
-                f"student.{key} takes the teacher's folder: run `sonoedge prune` first, and distil into what it gives"
-            )
+    return next((key for key, wanted in asked.items() if wanted), None)
+
+
+def _require_in_memory(shape: StudentShape, importance: Importance | None) -> None:
+    key = takes_folder(shape)
+    if key is not None and not (key == "importance" and importance is not None):
+        raise SonoEdgeError(
+            f"student.{key} takes the teacher's folder: use `sonoedge prune` or `sonoedge distill` on it"
+        )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from sonoedge.calibration.pool import PhantomPool
 from sonoedge.errors import SonoEdgeError
 from sonoedge.export import distill
+from sonoedge.export.checkpoint_files import open_tokenizer
 from sonoedge.export.corpus import Batch, Batches, PhantomCorpus
 from sonoedge.export.distill import distil
 from sonoedge.export.distilling.curves import read_log
@@ -138,6 +139,27 @@ def test_the_verb_writes_the_same_student_twice(
     page = (tmp_path / "first.training" / "curves.html").read_text()
     assert page.count("<svg") == 5  # the total beside them
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_recipe_may_trim_the_vocabulary_and_measure_what_stays(
+    tiny_checkpoint: Path, tiny_recipe: Path, rendered: None, tmp_path: Path, sonoedge: Any
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    asked = '[student]\nlanguages = ["en"]\nimportance = "measured"\n'
+    recipe.write_text(tiny_recipe.read_text().replace("[student]\n", asked))
+    out = tmp_path / "student"
+    ran = sonoedge("distill", tiny_checkpoint, "--recipe", recipe, "--data", "phantoms", "--out", out, "--json")
+    assert ran.status == 0, ran.err
+    teacher, student = load_checkpoint(tiny_checkpoint), load_checkpoint(out)
+    assert student.config.vocab_size < teacher.config.vocab_size
+    assert student.config.num_hidden_layers < teacher.config.num_hidden_layers
+    words = "Is a lesion visible?"
+    assert open_tokenizer(out, student.config).decode(open_tokenizer(out, student.config).encode(words)) == words
+    assert left_in(tmp_path / "student.training") == ["curves.html", "log.jsonl"]
+    steps = read_log(tmp_path / "student.training" / "log.jsonl")
+    assert "logits" in steps[-1].losses  # of the same tokens as the teacher's
+    bundled = sonoedge("inspect", out, "--json")
+    assert bundled.status == 0
 
 
 def test_the_verb_renders_what_the_recipe_asks(

@@ -329,7 +329,7 @@ def test_a_folder_in_use_and_a_missing_tokenizer_are_refused(
 
 def test_what_takes_the_folder_says_so_in_memory(teacher: EchoVLM) -> None:
     for shape in (StudentShape(languages=("en",)), StudentShape(importance="measured")):
-        with pytest.raises(SonoEdgeError, match="takes the teacher's folder: run `sonoedge prune` first"):
+        with pytest.raises(SonoEdgeError, match="takes the teacher's folder: use `sonoedge prune`"):
             cut_student(teacher, shape)
 
 
