@@ -24,8 +24,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install ## the whole pipeline on the packaged checkpoint and a real clip; leaves demo_out/
 	$(VENV)/bin/sonoedge demo
 
-test: lint ## the linters, then the whole test suite
-	$(VENV)/bin/pytest
+test: lint ## the linters, then the whole test suite, two files at a time
+	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile
 
 lint: install ## style, types and the direction of imports
 	$(VENV)/bin/ruff check .

@@ -165,9 +165,11 @@ class _Piece(msgspec.Struct, frozen=True):
     @property
     def belongs(self) -> bool:
         """Whether it is a layer across the sector, its face, a side behind a shadow, or moves as tissue does."""
+        aligned = abs(self.left + 1) < 0.12 and abs(self.right - 1) < 0.12
+        if aligned and self.thick > 0.7 and self.size > 0.2:  # the larger half of a sector that a vessel cuts in two
+            return True
         if not (self.top > -1.5 and self.bottom < 2.5 and self.left > -2.2 and self.right < 2.2):
             return False
-        aligned = abs(self.left + 1) < 0.12 and abs(self.right - 1) < 0.12
         layer = aligned and (self.bottom < 0.5 or self.thick > 0.4)
         middling = abs(self.left + self.right) < 0.25 and 2 * SPANNED < self.right - self.left < 3.4
         face = middling and self.bottom < 0.1 and (self.top > -0.5 or self.thick > 0.3)

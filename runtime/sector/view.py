@@ -21,7 +21,8 @@ MOST_COLOURED = 0.6  # of the sector: flow images are coloured in a box, photogr
 LEAST_TEXTURE = 0.35  # grey levels from the mean of the neighbours, of speckle at its smoothest
 CAPTURED = 0.95  # of the tissue is inside
 FILLED = 0.3  # of the outline is filled
-SUPPORT = 0.4  # of its rim is
+SUPPORT = 0.55  # of its rim is
+RIVAL = 0.2  # of what is thick inside: another thick piece so large may be sector too
 SHARE = 0.03  # of the picture: smaller is not a sector that anybody looks at
 SMALLEST_PX = 12  # sides of pictures in which nothing can be found
 CELLS = 24  # depths and places across by which the gate sees a sector
@@ -78,7 +79,8 @@ def decide(glimpses: Glimpses, image: npt.NDArray[np.uint8]) -> View | None:
     if _fills(plain):
         return whole(image.shape)
     found = find(kinds)
-    outline = None if found is None or not _is_sure(found) else _own_scale(found, plain, image)
+    sure = found is not None and _is_sure(found) and not _has_rival(found, plain)
+    outline = _own_scale(found, plain, image) if found is not None and sure else None
     about = _about(plain, outline, image.shape)
     blank = np.asarray(cv2.bitwise_not(about), np.uint8)
     bare = whole(image.shape, blank, plain.ground, outline)
@@ -122,6 +124,14 @@ def _fills(plain: Evidence) -> bool:
 
 def _is_sure(found: Found) -> bool:
     return found.captured >= CAPTURED and found.filled >= FILLED and found.support >= SUPPORT and found.share >= SHARE
+
+
+def _has_rival(found: Found, plain: Evidence) -> bool:
+    inside = found.outline.mask(*plain.thick.shape)
+    outside = np.asarray(cv2.dilate(inside, np.ones((5, 5), np.uint8)) == 0, np.uint8) & plain.thick
+    count, _, stats, _ = cv2.connectedComponentsWithStats(outside)
+    largest = max((int(stats[index, cv2.CC_STAT_AREA]) for index in range(1, count)), default=0)
+    return largest > RIVAL * cv2.countNonZero(cv2.bitwise_and(plain.thick, plain.thick, mask=inside))
 
 
 def _own_scale(found: Found, plain: Evidence, image: npt.NDArray[np.uint8]) -> Outline:

@@ -200,9 +200,9 @@ def test_a_box_around_a_sector_says_nothing_of_contact() -> None:
 def test_the_cardiac_clip_is_found_without_its_regions() -> None:
     clip = str(pydicom.data.get_testdata_file("examples_ybr_color.dcm", download=False))
     tracker = SectorTracker()
-    for one in open_source(clip, once=True, fps=500):
+    for number, one in enumerate(open_source(clip, once=True, fps=500)):
         view = tracker.see(one.image)
-        assert view is not None
+        assert view is not None or number < 3  # its dim flanks are seen by their change alone
         truth = one.sector
     assert view is not None
     assert truth is not None
