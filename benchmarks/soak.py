@@ -17,6 +17,7 @@ import numpy as np
 import zmq
 
 from benchmarks.served import CLIP, resident_bytes, served
+from benchmarks.stalls import Stalls, StallWatch
 from sonoedge.runtime.endpoints import connect
 from sonoedge.runtime.protocol import Hint, Telemetry, decode_broadcast
 
@@ -53,6 +54,7 @@ class Soaked(msgspec.Struct, frozen=True):
     resident_settled_bytes: int  # after a minute, or half-way through a shorter run
     resident_end_bytes: int
     resident_growth: float  # of the one relative to the other
+    machine_stalls: Stalls  # longer than a frame, of a process beside the server that only slept
     exit_status: int
 
 
@@ -90,6 +92,7 @@ def soak(bundle: Path, source: str, *, fps: float, minutes: float, subscribers: 
         stalled = 1 if subscribers > 1 else 0
         # One reads all; the others, in a process of their own, count, so that reading takes little from the server.
         first = _Subscriber(server.hints_bind)
+        watch = StallWatch(1000 / fps)
         crowd = subprocess.Popen(
             [sys.executable, "-c", COUNTING, server.hints_bind, str(subscribers - 1 - stalled)],
             stdin=subprocess.PIPE,
@@ -111,6 +114,7 @@ def soak(bundle: Path, source: str, *, fps: float, minutes: float, subscribers: 
                     process.kill()
                     process.wait()
         first.stop()
+        stalls = watch.stop()
         server.stop()
     summary = msgspec.json.decode(server.summary, type=Telemetry)
     if not first.age_ms:
@@ -132,6 +136,7 @@ def soak(bundle: Path, source: str, *, fps: float, minutes: float, subscribers: 
         resident_settled_bytes=settled,
         resident_end_bytes=ended,
         resident_growth=round(ended / settled - 1, 4),
+        machine_stalls=stalls,
         exit_status=server.exit_status(),
     )
 
@@ -173,7 +178,8 @@ if __name__ == "__main__":
     for subscribers in options.subscribers:
         run = soak(options.bundle, options.source, fps=options.fps, minutes=options.minutes, subscribers=subscribers)
         print(
-            f"{run.subscribers} subscribers: {run.dropped} of {run.frames} dropped, p99 {run.p99_ms} ms",
+            f"{run.subscribers} subscribers: {run.dropped} of {run.frames} dropped, p99 {run.p99_ms} ms; "
+            f"the machine stalled {run.machine_stalls.count} times, {run.machine_stalls.worst_ms} ms at worst",
             file=sys.stderr,
         )
         runs.append(run)
