@@ -79,14 +79,13 @@ def decide(glimpses: Glimpses, image: npt.NDArray[np.uint8]) -> View | None:
     if _fills(plain):
         return whole(image.shape)
     found = find(kinds)
-    sure = found is not None and _is_sure(found) and not _has_rival(found, plain)
-    outline = _own_scale(found, plain, image) if found is not None and sure else None
-    about = _about(plain, outline, image.shape)
+    outline = _own_scale(found, plain, image) if found is not None else None
+    about = _about(plain, outline, image.shape)  # in a bare picture an outline that is not sure does no harm
     blank = np.asarray(cv2.bitwise_not(about), np.uint8)
     bare = whole(image.shape, blank, plain.ground, outline)
     if bare.is_blank_outside(image):
         return bare
-    if outline is None or found is None:
+    if outline is None or found is None or not _is_sure(found) or _has_rival(found, plain):
         return None
     mask = outline.mask(height, width)
     x, y, wide, high = cv2.boundingRect(mask)
