@@ -96,7 +96,7 @@ def plain_eye(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.node.get_closest_marker("sees"):
         return
     monkeypatch.setattr(SectorTracker, "see", lambda _tracker, image, *, still: whole(image.shape))
-    monkeypatch.setattr(FrameGate, "judge", lambda _gate, _frame, _view: None)
+    monkeypatch.setattr(FrameGate, "judge", lambda _gate, _frame, _view, **_: None)
 
 
 def grey_frame(brightness: int, sequence: int = 0, size: tuple[int, int] = (60, 80)) -> Frame:
