@@ -12,6 +12,7 @@ import pytest
 
 from sonoedge.bundle import MANIFEST_FILE, open_bundle
 from sonoedge.errors import SonoEdgeError
+from sonoedge.manifest import SIGNATURE_FILE
 from sonoedge.runtime.golden import GoldenCase, check, load_case
 from sonoedge.runtime.model import open_model
 
@@ -21,7 +22,9 @@ CASE = "golden/0.npz"
 @pytest.fixture
 def copy(tiny: Any, tmp_path: Path) -> Path:
     """The bundle, to be altered."""
-    return Path(shutil.copytree(tiny.bundle, tmp_path / "copy"))
+    made = Path(shutil.copytree(tiny.bundle, tmp_path / "copy"))
+    (made / SIGNATURE_FILE).unlink()  # which would be found wrong first
+    return made
 
 
 def alter(bundle: Path, change: Callable[[GoldenCase], GoldenCase]) -> None:
