@@ -10,10 +10,10 @@ from typing import Any
 
 import cv2
 import msgspec
-import numpy as np
 import pytest
 
 from sonoedge.bundle import MANIFEST_FILE, open_bundle
+from sonoedge.calibration.phantom import phantom
 from sonoedge.development_key import sign_for_this_account
 from sonoedge.runtime.client import Client, listen
 from sonoedge.runtime.protocol import Hint
@@ -66,7 +66,7 @@ def test_a_file_damaged_while_it_is_served(
     supervise: Supervise, bundles: tuple[Path, Path], tmp_path: Path, stopwatch: Stopwatch
 ) -> None:
     current, still = tmp_path / "current", tmp_path / "still.png"
-    cv2.imwrite(str(still), np.random.default_rng(3).integers(30, 200, (96, 128, 3), dtype=np.uint8))
+    cv2.imwrite(str(still), phantom(3).image)
     served = supervise(command(current, still, tmp_path))
     stopwatch(lambda: served.count("ready") >= 1, within_s=20)
     with Client(f"ipc://{tmp_path}/ask", timeout_s=30) as client:
