@@ -79,7 +79,7 @@ def test_two_hundred_clients_at_once_are_all_answered(serve_process: ServeProces
             sockets.append(sock)
         open_ones, again = set(sockets), {}
         while open_ones:
-            assert time.monotonic() < began + 25, f"{len(open_ones)} clients still wait"
+            assert time.monotonic() < began + 60, f"{len(open_ones)} clients still wait"
             for sock, _ in poller.poll(20):
                 match decode_reply(sock.recv()):
                     case Answer() as answer:
