@@ -71,9 +71,7 @@ def test_a_file_damaged_while_it_is_served(
     stopwatch(lambda: served.count("ready") >= 1, within_s=20)
     with Client(f"ipc://{tmp_path}/ask", timeout_s=30) as client:
         said = candidates(f"ipc://{tmp_path}/hints")
-        client.answer(
-            "Is a lesion visible?", max_tokens=4
-        )  # shares no prefix: rounded otherwise, and weights are random
+        client.answer("Is a lesion visible?", max_tokens=4)  # shares no prefix, and so is rounded otherwise
         before = client.answer("Is a lesion visible?", max_tokens=4)
         root = bundles[0]
         manifest = open_bundle(root).manifest
