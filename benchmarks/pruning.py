@@ -20,10 +20,9 @@ from torch.nn import functional
 
 from sonoedge.calibration.pool import phantom_pool
 from sonoedge.export.checkpoint_files import image_spec, open_tokenizer
-from sonoedge.export.corpus import Batch, PhantomCorpus
-from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.corpus import PhantomCorpus
+from sonoedge.export.divergence import answer_output
 from sonoedge.export.models.loading import load_checkpoint
-from sonoedge.export.packing import IGNORE
 from sonoedge.export.preset import alone
 from sonoedge.export.prune.checkpoint import prune_checkpoint
 from sonoedge.export.prune.section import StudentShape
@@ -64,21 +63,6 @@ class Report(msgspec.Struct, frozen=True):
     steps: tuple[Step, ...]
 
 
-@torch.no_grad()
-def answers(model: EchoVLM, batch: Batch) -> Tensor:
-    """Logits of the answers' tokens [answers, vocab]."""
-    packed = batch.packed
-    output = model(
-        packed.input_ids,
-        packed.positions,
-        image_embeds=model.encode_images(batch.patches, batch.grids),
-        attention_bias=packed.attention_bias,
-        logits_rows=packed.labels != IGNORE,
-    )
-    logits: Tensor = output.logits
-    return logits
-
-
 def distance(spoken: Tensor, said: Tensor) -> tuple[float, float]:
     """KL(teacher || student) in nats, and the share of tokens whose likeliest next token is the same."""
     student, teacher = (functional.log_softmax(logits.double(), dim=-1) for logits in (spoken, said))
@@ -102,7 +86,7 @@ def main(
         )
         fresh = phantom_pool(work / "f", frames, first_seed=FIRST_FRAME_SEED, spec=spec, label="render fresh frames")
         batches = alone(PhantomCorpus(fresh, spec), tokenizer, spec, recipe.limits.context)
-        said = [answers(teacher, batch) for batch in batches]
+        said = [answer_output(teacher, batch).logits for batch in batches]
         for number, (step, shape) in enumerate(STEPS.items()):
             for importance in ("weights", "measured") if shape.importance == "weights" else ("measured",):
                 asked = msgspec.structs.replace(shape, importance=importance)
@@ -110,7 +94,7 @@ def main(
                 out = work / f"{number} {importance}"
                 student = prune_checkpoint(checkpoint, msgspec.structs.replace(recipe, student=asked), corpus, out)
                 pruned = load_checkpoint(out)
-                spoken = [answers(pruned, batch) for batch in batches]
+                spoken = [answer_output(pruned, batch).logits for batch in batches]
                 kl, top1 = distance(torch.cat(spoken), torch.cat(said))
                 share = student.parameters / student.teacher_parameters
                 found.append(Step(step, importance, share, kl, top1))

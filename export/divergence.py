@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from sonoedge.export.corpus import Batch
 from sonoedge.export.fake_quant import fake_quantized
-from sonoedge.export.models.echovlm import EchoVLM
+from sonoedge.export.models.echovlm import EchoVLM, ModelOutput
 from sonoedge.export.packing import IGNORE, PackedBatch
 from sonoedge.export.scheme import QuantizationPlan
 
@@ -71,17 +71,25 @@ def real_tokens(packed: PackedBatch) -> Tensor:
 
 
 @torch.no_grad()
-def _answers(model: EchoVLM, batch: Batch) -> _Answers:
+def answer_output(model: EchoVLM, batch: Batch, *, collect_router: bool = False) -> ModelOutput:
+    """A pass whose logits are those of the answers' tokens [answers, vocab]."""
     packed = batch.packed
-    output = model(
+    output: ModelOutput = model(
         packed.input_ids,
         packed.positions,
         image_embeds=model.encode_images(batch.patches, batch.grids),
         attention_bias=packed.attention_bias,
         logits_rows=packed.labels != IGNORE,
-        collect_router=True,
+        collect_router=collect_router,
     )
-    tokens = real_tokens(packed)
+    return output
+
+
+@torch.no_grad()
+def _answers(model: EchoVLM, batch: Batch) -> _Answers:
+    output = answer_output(model, batch, collect_router=True)
+    assert output.router_logits is not None  # asked for
+    tokens = real_tokens(batch.packed)
     top = model.config.moe.num_experts_per_tok if model.config.moe else 0
     chosen = [
         torch.zeros_like(logits[tokens], dtype=torch.bool).scatter_(-1, logits[tokens].topk(top, -1).indices, True)

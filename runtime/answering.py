@@ -125,8 +125,8 @@ class Answering:
         )
 
     def _about(self) -> tuple[int, float]:
-        frame = self.question.seen[0].frame
-        return frame.sequence, (time.monotonic_ns() - frame.captured_ns) / 1e6
+        first = self.question.seen[0]
+        return first.frame.sequence, first.age_ms
 
 
 def _reason(sights: Sequence[Sight], *, unseen: bool) -> str | None:

@@ -62,4 +62,4 @@ class FrozenFrames:
 
 def named(name: str, sight: Sight) -> NamedFrame:
     """Return the frame's name, number and age now."""
-    return NamedFrame(name, sight.frame.sequence, (time.monotonic_ns() - sight.frame.captured_ns) / 1e6)
+    return NamedFrame(name, sight.frame.sequence, sight.age_ms)

@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 
 import cv2
@@ -54,8 +53,7 @@ class Pictures:
                 continue
             if picture is None or order.sight is not sight:
                 sight, picture = order.sight, self._make(order.sight)
-            age_ms = (time.monotonic_ns() - sight.frame.captured_ns) / 1e6
-            self._on_made(order.envelope, msgspec.structs.replace(picture, id=order.request_id, age_ms=age_ms))
+            self._on_made(order.envelope, msgspec.structs.replace(picture, id=order.request_id, age_ms=sight.age_ms))
 
     def _make(self, sight: Sight) -> Picture:
         shrink = min(1.0, MAX_PICTURE_PX / max(sight.frame.image.shape[:2]))

@@ -1,6 +1,5 @@
 """Hints on their way out: as messages on the wire, as records in the audit log, and as counts."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ class Publisher:
     def publish(self, sight: Sight, results: Sequence[HintResult], stages_ms: Mapping[str, float]) -> None:
         """Say the hints about a frame, with where its time went."""
         self.say(sight, results)
-        self._counters.count_frame(age_ms(sight), stages_ms, gated=sight.poor is not None)
+        self._counters.count_frame(sight.age_ms, stages_ms, gated=sight.poor is not None)
 
     def say(self, sight: Sight, results: Sequence[HintResult]) -> None:
         """Say hints about a frame that has been counted already, or is being so."""
@@ -53,7 +52,7 @@ class Publisher:
             abstain=result.abstain,
             reason=result.reason,
             frame=sight.frame.sequence,
-            age_ms=age_ms(sight),
+            age_ms=sight.age_ms,
             model=self._model.id,
             intended_use=self._model.intended_use,
             captured_ns=sight.frame.captured_ns,
@@ -63,8 +62,3 @@ class Publisher:
             coverage=result.coverage,
             valid_ms=result.valid_ms,
         )
-
-
-def age_ms(sight: Sight) -> float:
-    """Milliseconds since the frame was captured."""
-    return (time.monotonic_ns() - sight.frame.captured_ns) / 1e6

@@ -31,7 +31,6 @@ from sonoedge.runtime.protocol import (
     Telemetry,
 )
 from sonoedge.runtime.protocol_schema import message_schema
-from sonoedge.runtime.publisher import age_ms
 from sonoedge.runtime.questions import Question, QuestionQueue
 from sonoedge.runtime.sight import Sight
 from sonoedge.runtime.slot import LatestFrameSlot
@@ -128,7 +127,7 @@ class Requests:
             name=name,
             released=request.release,
             frame=sight.frame.sequence,
-            age_ms=age_ms(sight),
+            age_ms=sight.age_ms,
             model=self._model.id,
             intended_use=self._model.intended_use,
         )

@@ -1,5 +1,7 @@
 """What is worth seeing of a frame: its sector, the right way round, and whether that can be asked about at all."""
 
+import time
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,11 @@ class Sight(msgspec.Struct, frozen=True):
     def empty(self) -> bool:
         """Whether it shows nothing that a question could be about."""
         return self.poor not in (None, FROZEN)
+
+    @property
+    def age_ms(self) -> float:
+        """Milliseconds since it was captured."""
+        return (time.monotonic_ns() - self.frame.captured_ns) / 1e6
 
 
 class Eye:
